@@ -1,0 +1,137 @@
+"""The messages between hub and device over MQTT, as MessagePack of frozen structs.
+
+How these types may evolve: fields are added at the end with a default, never renamed,
+retyped or removed; a reader ignores fields it does not know; a new kind of body gets a new
+tag. A reader that meets an unknown tag raises :class:`BadMessage`, and the hub counts it
+under ``unreadable`` without stopping.
+
+Every device → hub message is an :class:`Envelope`. ``(boot, seq)`` is unique for a device:
+``boot`` counts starts of the agent and ``seq`` the messages within one, so the hub can drop
+repeats and see gaps whatever the device's clock says.
+"""
+
+from typing import Final, Literal, TypeVar
+
+import msgspec
+from atoll.fleet.errors import BadMessage
+
+MAX_MESSAGE_BYTES: Final = 256 * 1024
+
+
+class _Wire(msgspec.Struct, frozen=True, kw_only=True, tag_field="t"):
+    """Shared settings of every wire struct."""
+
+
+class Birth(_Wire, frozen=True, kw_only=True, tag="birth"):
+    """First message after each connect, on ``status``, retained.
+
+    Paired with :class:`Death` by ``boot`` as in Eclipse Sparkplug B 3.0, §6.4.
+    """
+
+    boot: int
+    agent_version: str
+    serve_url: str | None = None
+    labels: dict[str, str] = {}
+
+
+class Death(_Wire, frozen=True, kw_only=True, tag="death"):
+    """The last will, on ``status``, retained; sent by the broker or before a clean stop."""
+
+    boot: int
+
+
+class Reported(_Wire, frozen=True, kw_only=True, tag="reported"):
+    """What runs on the device now; the answer to :class:`Desired`.
+
+    ``state`` is that of the *wanted* release: ``idle`` (nothing wanted), ``fetching``,
+    ``checking``, ``serving``, or ``failed`` with ``error`` saying why. ``release`` is the one
+    that serves, which in every state but ``serving`` may be an older one or none.
+    """
+
+    desired_version: int
+    model: str | None
+    release: int | None
+    state: Literal["idle", "fetching", "checking", "serving", "failed"]
+    error: str | None = None
+
+
+class Window(_Wire, frozen=True, kw_only=True, tag="window"):
+    """Counts of one serving window, in the bins of the release's reference profile.
+
+    ``counts`` maps a profile variable (feature or output) to its bin counts, packed by
+    :func:`atoll.fleet.profile.pack_counts`. ``start`` and ``end`` are device-clock Unix
+    seconds; ``rows`` is the number of examples counted.
+    """
+
+    model: str
+    release: int
+    start: float
+    end: float
+    rows: int
+    counts: dict[str, bytes]
+
+
+class Health(_Wire, frozen=True, kw_only=True, tag="health"):
+    """How the device is: resident bytes per process, traffic, drops, latency (milliseconds)."""
+
+    rss: dict[str, int]
+    disk_free: int
+    outbox_waiting: int
+    outbox_dropped: int
+    bytes_up: int
+    bytes_down: int
+    latency_p50: float | None = None
+    latency_p95: float | None = None
+
+
+class Event(_Wire, frozen=True, kw_only=True, tag="event"):
+    """Something a person may want to know."""
+
+    kind: str
+    severity: Literal["info", "warning", "error"]
+    detail: str = ""
+
+
+Body = Birth | Death | Reported | Window | Health | Event
+
+
+class Envelope(msgspec.Struct, frozen=True, kw_only=True):
+    """A device → hub message: ``at`` is device-clock Unix seconds, for information only."""
+
+    boot: int
+    seq: int
+    at: float
+    body: Body
+
+
+class Desired(msgspec.Struct, frozen=True, kw_only=True):
+    """What the hub wants of a device; retained on ``desired``, replaced whole.
+
+    ``version`` only grows, so a device ignores an older one. ``train`` opens a training
+    window: the agent keeps its training process running while it is true.
+    """
+
+    version: int
+    model: str | None = None
+    release: int | None = None
+    train: bool = False
+
+
+_Message = TypeVar("_Message", Envelope, Desired)
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Envelope | Desired) -> bytes:
+    """Encode for the wire."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes, kind: type[_Message]) -> _Message:
+    """Decode and validate; raise :class:`BadMessage` for anything else than a ``kind``."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise BadMessage(f"message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadMessage(str(error)) from error

@@ -1,0 +1,1 @@
+"""The hub: API, dashboard, ingest, coordinator, storage, governance, supervised parts."""

@@ -1,0 +1,1 @@
+"""Fleets, data and scenarios made of the real parts, on one machine."""
