@@ -32,7 +32,9 @@ devices = Table(
     Column("id", String(63), primary_key=True),
     Column("labels", JSON, nullable=False),
     Column("certificate", Text, nullable=False),
-    Column("serial", String(64), nullable=False, unique=True),
+    Column("serial", String(64), nullable=False, unique=True),  # hex, as fleet.identity.Peer's
+    # Renewed but not yet seen with its new certificate: the old one still counts.
+    Column("previous_serial", String(64)),
     Column("expires_at", Float, nullable=False),
     Column("node_id", String(20), unique=True),  # Flower's uint64 does not fit a signed column
     Column("enrolled_at", Float, nullable=False),
