@@ -228,3 +228,21 @@ audit = Table(
     Column("entry", LargeBinary, nullable=False),  # canonical JSON; its RFC 6962 leaf is hashed
     Column("leaf", LargeBinary, nullable=False),
 )
+
+login_codes = Table(
+    "login_codes",
+    metadata,
+    Column("code_sha256", String(64), primary_key=True),
+    Column("operator", ForeignKey("operators.name"), nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("used_at", Float),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("secret_sha256", String(64), primary_key=True),  # of the dashboard's cookie
+    Column("operator", ForeignKey("operators.name"), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+)
