@@ -58,6 +58,16 @@ enrolment_tokens = Table(
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float, nullable=False),
     Column("used_at", Float),
+    Column("used_by", String(63)),  # the device, so that it may ask again after a lost answer
+)
+
+# Flower nodes to unregister, of revoked devices and replaced keys: kept until it is done.
+dropped_nodes = Table(
+    "dropped_nodes",
+    metadata,
+    Column("node_id", String(20), primary_key=True),
+    Column("device", String(63), nullable=False),
+    Column("at", Float, nullable=False),
 )
 
 operators = Table(

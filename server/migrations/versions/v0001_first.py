@@ -6,16 +6,13 @@ from alembic import op
 revision = "0001"
 down_revision = None
 
+_ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
 
 def upgrade() -> None:
     op.create_table(
         "alerts",
-        sa.Column(
-            "id",
-            sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
-            autoincrement=True,
-            nullable=False,
-        ),
+        sa.Column("id", _ID, autoincrement=True, nullable=False),
         sa.Column("at", sa.Float(), nullable=False),
         sa.Column("kind", sa.String(length=32), nullable=False),
         sa.Column("severity", sa.String(length=16), nullable=False),
@@ -29,12 +26,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "audit",
-        sa.Column(
-            "index",
-            sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
-            autoincrement=False,
-            nullable=False,
-        ),
+        sa.Column("index", _ID, autoincrement=False, nullable=False),
         sa.Column("entry", sa.LargeBinary(), nullable=False),
         sa.Column("leaf", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("index"),
@@ -63,6 +55,13 @@ def upgrade() -> None:
         sa.UniqueConstraint("serial"),
     )
     op.create_table(
+        "dropped_nodes",
+        sa.Column("node_id", sa.String(length=20), nullable=False),
+        sa.Column("device", sa.String(length=63), nullable=False),
+        sa.Column("at", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("node_id"),
+    )
+    op.create_table(
         "enrolment_tokens",
         sa.Column("secret_sha256", sa.String(length=64), nullable=False),
         sa.Column("device", sa.String(length=63), nullable=True),
@@ -70,16 +69,12 @@ def upgrade() -> None:
         sa.Column("created_at", sa.Float(), nullable=False),
         sa.Column("expires_at", sa.Float(), nullable=False),
         sa.Column("used_at", sa.Float(), nullable=True),
+        sa.Column("used_by", sa.String(length=63), nullable=True),
         sa.PrimaryKeyConstraint("secret_sha256"),
     )
     op.create_table(
         "ledger",
-        sa.Column(
-            "id",
-            sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
-            autoincrement=True,
-            nullable=False,
-        ),
+        sa.Column("id", _ID, autoincrement=True, nullable=False),
         sa.Column("population", sa.String(length=63), nullable=False),
         sa.Column("charge", sa.String(length=127), nullable=False),
         sa.Column("event", sa.JSON(), nullable=False),
@@ -99,12 +94,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "rollouts",
-        sa.Column(
-            "id",
-            sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
-            autoincrement=True,
-            nullable=False,
-        ),
+        sa.Column("id", _ID, autoincrement=True, nullable=False),
         sa.Column("model", sa.String(length=63), nullable=False),
         sa.Column("release", sa.Integer(), nullable=False),
         sa.Column("state", sa.String(length=16), nullable=False),
@@ -162,13 +152,20 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("device"),
     )
     op.create_table(
-        "messages",
-        sa.Column(
-            "id",
-            sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
-            autoincrement=True,
-            nullable=False,
+        "login_codes",
+        sa.Column("code_sha256", sa.String(length=64), nullable=False),
+        sa.Column("operator", sa.String(length=63), nullable=False),
+        sa.Column("expires_at", sa.Float(), nullable=False),
+        sa.Column("used_at", sa.Float(), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["operator"],
+            ["operators.name"],
         ),
+        sa.PrimaryKeyConstraint("code_sha256"),
+    )
+    op.create_table(
+        "messages",
+        sa.Column("id", _ID, autoincrement=True, nullable=False),
         sa.Column("device", sa.String(length=63), nullable=False),
         sa.Column("boot", sa.BigInteger(), nullable=False),
         sa.Column("seq", sa.BigInteger(), nullable=False),
@@ -183,8 +180,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("device", "boot", "seq"),
     )
-    with op.batch_alter_table("messages", schema=None) as batch_op:
-        batch_op.create_index("messages_by_device_kind", ["device", "kind", "id"], unique=False)
+    op.create_index("messages_by_device_kind", "messages", ["device", "kind", "id"], unique=False)
 
     op.create_table(
         "releases",
@@ -219,6 +215,18 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("run", "round"),
     )
     op.create_table(
+        "sessions",
+        sa.Column("secret_sha256", sa.String(length=64), nullable=False),
+        sa.Column("operator", sa.String(length=63), nullable=False),
+        sa.Column("created_at", sa.Float(), nullable=False),
+        sa.Column("expires_at", sa.Float(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["operator"],
+            ["operators.name"],
+        ),
+        sa.PrimaryKeyConstraint("secret_sha256"),
+    )
+    op.create_table(
         "twins",
         sa.Column("device", sa.String(length=63), nullable=False),
         sa.Column("desired_version", sa.BigInteger(), nullable=False),
@@ -234,7 +242,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "windows",
-        sa.Column("message", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
+        sa.Column("message", _ID, nullable=False),
         sa.Column("device", sa.String(length=63), nullable=False),
         sa.Column("model", sa.String(length=63), nullable=False),
         sa.Column("release", sa.Integer(), nullable=False),
@@ -253,7 +261,6 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("message"),
     )
-    with op.batch_alter_table("windows", schema=None) as batch_op:
-        batch_op.create_index(
-            "windows_by_release", ["model", "release", "device", "received_at"], unique=False
-        )
+    op.create_index(
+        "windows_by_release", "windows", ["model", "release", "device", "received_at"], unique=False
+    )
