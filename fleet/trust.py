@@ -9,11 +9,10 @@ takes the offline key.
 
 import re
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from atoll.fleet.bundle import FILES
 from atoll.fleet.errors import BadBundle
-from tuf.api.metadata import TargetFile
 
 CUSTOM: Final = "atoll"
 """The key under which our facts stand in a target's ``custom`` field."""
@@ -30,6 +29,15 @@ class TargetInfo(NamedTuple):
     def custom(self) -> dict[str, Any]:
         """Return the ``custom`` field of a TUF target."""
         return {CUSTOM: {"release": self.release, "fallback": self.fallback}}
+
+
+class SignedTarget(Protocol):
+    """What is read of a :class:`tuf.api.metadata.TargetFile`."""
+
+    @property
+    def custom(self) -> Any:  # noqa: ANN401 -- any JSON, judged by :func:`info_of`
+        """Whatever the signer put beside length and hashes."""
+        ...
 
 
 class TargetPath(NamedTuple):
@@ -55,7 +63,7 @@ def parse_target_path(path: str) -> TargetPath:
     return TargetPath(found[1], int(found[2]), found[3])
 
 
-def info_of(path: str, target: TargetFile) -> TargetInfo:
+def info_of(path: str, target: SignedTarget) -> TargetInfo:
     """Read what the signed target at ``path`` says; raise :class:`BadBundle`.
 
     The release in ``custom`` must be the one in the path, and the fallback an older one.
@@ -71,7 +79,7 @@ def info_of(path: str, target: TargetFile) -> TargetInfo:
     return TargetInfo(release, fallback)
 
 
-def newest(targets: Mapping[str, TargetFile], model: str) -> TargetInfo | None:
+def newest(targets: Mapping[str, SignedTarget], model: str) -> TargetInfo | None:
     """Return what the newest signed release of ``model`` says, or none if there is none.
 
     ``targets`` is that of a verified ``targets.json``. Raises :class:`BadBundle` when the
