@@ -1,7 +1,7 @@
 """What the parts of a running hub share, handed to each of them instead of looked up.
 
-Only seams stand here: the broker and the SuperLink are what
-:mod:`atoll.server.broker` and :mod:`atoll.federation.flower` make of them.
+Only seams stand here: :class:`Membership` is :class:`atoll.server.membership.Fleet`, and
+:class:`Nodes` is :class:`atoll.federation.flower.SuperLinkAdmin`.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,15 +21,11 @@ Clock = Callable[[], float]
 """Returns Unix seconds, UTC."""
 
 
-class Access(Protocol):
-    """Who may speak to the broker."""
+class Membership(Protocol):
+    """Makes broker and SuperLink agree with the store about who belongs to the fleet."""
 
-    def allow(self, device: str) -> None:
-        """Let ``device`` connect and use its own topics."""
-        ...
-
-    def revoke(self, device: str) -> None:
-        """Refuse ``device`` from now on and end its connection."""
+    def follow(self) -> None:
+        """Do so now; what fails is logged and tried again by the scheduler."""
         ...
 
 
@@ -79,7 +75,7 @@ class HubContext:
     store: Store
     authority: "Authority"
     clock: Clock
-    broker: Access
+    membership: Membership
     nodes: Nodes
     bus: Bus
     addresses: Addresses
