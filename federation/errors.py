@@ -4,6 +4,8 @@ FederationError
 ├── TaskMissing          no installed package offers the task; install it
 ├── DataMissing          the device has no examples; it sits the round out
 ├── BadPlan              the plan file cannot be run as it stands; edit it
+├── BadMessage           a message that is none of ours; drop it
+├── BadCheckpoint        a run's file on disk is damaged or another's; remove it
 ├── RoundFailed          too few devices answered; the round is thrown away
 └── LinkError            the SuperLink cannot be reached or refuses; retry later
 """
@@ -32,6 +34,14 @@ class DataMissing(FederationError):
 
 class BadPlan(FederationError, ValueError):
     """A plan that cannot be run as it stands."""
+
+
+class BadMessage(FederationError, ValueError):
+    """A message that is none of ours."""
+
+
+class BadCheckpoint(FederationError):
+    """A checkpoint that cannot be read or belongs to another run."""
 
 
 class RoundFailed(FederationError):

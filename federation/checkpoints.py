@@ -1,0 +1,92 @@
+"""The last state of a run on disk, so that a hub can stop at any instant and go on.
+
+One file, replaced whole: written beside its place, flushed to the disk, renamed. A round
+that has begun may have spent privacy budget and may have been answered, so it is never
+begun twice: a run that finds it unfinished counts it as thrown away.
+"""
+
+import io
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from atoll.federation.errors import BadCheckpoint
+from atoll.federation.parameters import Vector
+
+NAME: Final = "last.npz"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """``weights`` float32 ``(n,)`` after the last completed round; ``begun`` ≥ ``completed``.
+
+    Rounds count from 1; 0 means none. ``trained`` is how many rounds changed the weights.
+    """
+
+    run: str
+    begun: int
+    completed: int
+    trained: int
+    weights: Vector
+
+
+class Checkpoints:
+    """The checkpoint of one run, in its directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / NAME
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Replace what is there; raises :class:`OSError` when the disk refuses."""
+        body = io.BytesIO()
+        np.savez(
+            body,
+            run=np.array(checkpoint.run),
+            rounds=np.array(
+                [checkpoint.begun, checkpoint.completed, checkpoint.trained], dtype=np.int64
+            ),
+            weights=checkpoint.weights,
+        )
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self._path.with_suffix(".part")
+        try:
+            with beside.open("wb") as file:
+                file.write(body.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self._path)
+        finally:
+            beside.unlink(missing_ok=True)
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def load(self, run: str) -> Checkpoint | None:
+        """Return the checkpoint of ``run``, or none.
+
+        Raises :class:`BadCheckpoint` when the file is damaged or belongs to another run.
+        """
+        if not self._path.exists():
+            return None
+        try:
+            with np.load(self._path, allow_pickle=False) as file:
+                begun, completed, trained = (int(value) for value in file["rounds"])
+                found = Checkpoint(
+                    run=str(file["run"]),
+                    begun=begun,
+                    completed=completed,
+                    trained=trained,
+                    weights=file["weights"].astype(np.float32),
+                )
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise BadCheckpoint(
+                f"{self._path} is damaged ({error}); remove it to begin the run again"
+            ) from error
+        if found.run != run:
+            raise BadCheckpoint(f"{self._path} belongs to run {found.run!r}, not {run!r}")
+        return found

@@ -1,0 +1,105 @@
+"""A Flower Grid inside this process: the same ClientApps, no sockets, its own clock.
+
+A message is delivered when it is pushed and its reply waits to be pulled, in the order of
+pushing, so a run is repeatable. Time stands still while devices compute and moves when the
+server side pauses; a device that never answers costs no waiting.
+
+    grid = InProcessGrid({1: app_of_a, 2: app_of_b})
+    run_rounds(grid, ..., clock=grid.clock)
+
+A ClientApp that raises :class:`Vanished` stands for a device that is gone: no reply comes.
+Any other exception becomes an error reply, as on a real node.
+"""
+
+from collections.abc import Iterable, Mapping
+from itertools import count
+
+from atoll.federation.exchange import Clock
+from atoll.federation.flower import answer, claim_run
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+
+class Vanished(Exception):  # says what happened to the device
+    """Raised by a ClientApp whose device is to fall silent."""
+
+
+class InProcessGrid(Grid):
+    """A grid over ClientApps by node id; :meth:`connect` and :meth:`disconnect` as devices do."""
+
+    def __init__(self, apps: Mapping[int, ClientApp]) -> None:
+        claim_run(1)
+        self._apps = dict(apps)
+        self._contexts: dict[int, Context] = {}
+        self._replies: dict[str, Message] = {}
+        self._ids = count(1)
+        self._now = 0.0
+        self.clock = Clock(now=lambda: self._now, pause=self._pause)
+
+    def connect(self, node_id: int, app: ClientApp) -> None:
+        """Add a node, or give it another app."""
+        self._apps[node_id] = app
+
+    def disconnect(self, node_id: int) -> None:
+        """Take a node away."""
+        del self._apps[node_id]
+
+    def _pause(self, seconds: float) -> None:
+        self._now += seconds
+
+    def set_run(self, run: Run) -> None:
+        """Do nothing: this grid has one run."""
+
+    @property
+    def run(self) -> Run:
+        """Return the one run."""
+        return Run.create_empty(1)
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a message; Flower prefers its constructor."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the connected nodes."""
+        return sorted(self._apps)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Deliver each message to its node, one after the other, and keep the replies."""
+        ids = []
+        for message in messages:
+            message_id = f"m{next(self._ids)}"
+            message.metadata.__dict__["_message_id"] = message_id
+            ids.append(message_id)
+            node = message.metadata.dst_node_id
+            context = self._contexts.setdefault(node, Context(1, node, {}, RecordDict(), {}))
+            try:
+                self._replies[message_id] = answer(
+                    self._apps.get(node), message, context, passing=(Vanished,)
+                )
+            except Vanished:
+                continue
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies there are to ``message_ids``, each once."""
+        return [
+            self._replies.pop(message_id)
+            for message_id in message_ids
+            if message_id in self._replies
+        ]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Push and pull at once; nothing here comes later, so ``timeout`` has no effect."""
+        del timeout
+        return self.pull_messages(self.push_messages(messages))

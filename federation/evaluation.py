@@ -1,0 +1,70 @@
+"""Questions to a cohort outside the rounds: evaluation of weights, and queries.
+
+    evaluate(grid, cohort, task, weights, split, timeout) -> {device: EvaluateReply}
+    ask(grid, nodes, name, payload, timeout) -> {device: bytes}
+
+Both leave out devices that do not answer well and in time; who decides on the answers checks that
+enough are there.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+
+from atoll.federation import messages, parameters
+from atoll.federation.errors import BadMessage
+from atoll.federation.exchange import SYSTEM_CLOCK, Clock, Replies, exchange
+from atoll.federation.parameters import Vector
+from atoll.federation.rounds import Cohort
+from atoll.federation.task import Split
+from flwr.serverapp import Grid
+
+
+def evaluate(
+    grid: Grid,
+    cohort: Cohort,
+    task: str,
+    weights: Vector,
+    split: Split,
+    timeout: float,
+    *,
+    clock: Clock = SYSTEM_CLOCK,
+) -> dict[str, messages.EvaluateReply]:
+    """Evaluate float32 ``weights`` on every evaluator's own ``split``; rows, correct, mean loss."""
+    content = messages.pack(
+        messages.EvaluateAsk(task=task, weights=parameters.to_bytes(weights), split=split)
+    )
+    replies = exchange(
+        grid,
+        cohort.nodes,
+        messages.EVALUATE,
+        dict.fromkeys(cohort.evaluators, content),
+        timeout,
+        clock=clock,
+    )
+    return _well_formed(replies, messages.EvaluateReply)
+
+
+def ask(
+    grid: Grid,
+    nodes: Mapping[str, int],
+    name: str,
+    payload: bytes,
+    timeout: float,
+    *,
+    clock: Clock = SYSTEM_CLOCK,
+) -> dict[str, bytes]:
+    """Put one query to each of ``nodes`` (device to Flower node id) and return the answers."""
+    content = messages.pack(messages.QueryAsk(name=name, payload=payload))
+    replies = exchange(
+        grid, nodes, messages.QUERY, dict.fromkeys(nodes, content), timeout, clock=clock
+    )
+    answers = _well_formed(replies, messages.QueryReply)
+    return {device: answer.payload for device, answer in answers.items()}
+
+
+def _well_formed(replies: Replies, kind: type[messages.Kind]) -> dict[str, messages.Kind]:
+    found = {}
+    for device, content in replies.content.items():
+        with suppress(BadMessage):
+            found[device] = messages.unpack(content, kind)
+    return found

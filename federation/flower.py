@@ -1,0 +1,306 @@
+"""Flower's hub side: what Atoll needs of its internals, in one place.
+
+With :mod:`atoll.federation.warm_node` (the device side) this is all that touches flwr beyond
+its public API; a contract test runs both against a real SuperLink. Written for flwr 1.41
+(Message API, protobuf over HTTP).
+
+    superlink_command(...) / superexec_command(...) -> Program(argv, env)
+    SuperLinkAdmin(address, ca_pem): ready, register_node, unregister_node, start_run,
+                                     run_status, stop_run, close
+    prompt_grid()             in a ServerApp's process, before its first message
+    claim_run, answer         shared by the in-process engine and the warm node
+
+The SuperLink listens on loopback with TLS, admits registered node keys only, runs ServerApps
+in processes of their own (``--isolation process``: a SuperExec that the hub starts polls for
+them, so that an external SuperLink works alike), installs nothing at run time and sends
+nothing home.
+
+A run carries an app bundle of one generated ``pyproject.toml`` that names the *installed*
+ServerApp: Flower puts the bundle's directory on ``sys.path`` and then imports the module by
+name, and the bundle holds no module. Its ClientApp entry is never loaded, because warm nodes
+run the installed task.
+"""
+
+import functools
+import hashlib
+import os
+import ssl
+import sysconfig
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, NamedTuple, TypeVar
+
+import httpx
+from atoll.federation.errors import LinkError
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.serde import fab_to_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.fab import Fab
+from flwr.supercore.task_identity import TaskIdentity
+
+ConfigValue = bool | int | float | str
+State = Literal["pending", "starting", "running", "finished"]
+_Result = TypeVar("_Result")
+
+_QUIET: Final = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+_UPLOAD_PATIENCE: Final = 30.0
+"""Seconds that a reply's missing parts hold up the server side before it is an error."""
+
+
+class Program(NamedTuple):
+    """A program to start: ``env`` is laid over the parent's environment."""
+
+    argv: list[str]
+    env: dict[str, str]
+
+
+class RunStatus(NamedTuple):
+    """``outcome`` is completed, failed or stopped once ``state`` is finished."""
+
+    state: State
+    outcome: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files of a server: its CA, certificate and key."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+
+def superlink_command(host: str, port: int, tls: TlsFiles, database: Path, home: Path) -> Program:
+    """Return the SuperLink; ``home`` is where Flower keeps files of its own."""
+    return Program(
+        [
+            _script("flower-superlink"),
+            *("--host", host, "--port", str(port)),
+            *("--ssl-ca-certfile", str(tls.ca)),
+            *("--ssl-certfile", str(tls.certificate)),
+            *("--ssl-keyfile", str(tls.key)),
+            *("--database", str(database)),
+            *("--isolation", "process"),
+            "--enable-supernode-auth",
+            "--disable-runtime-dependency-installation",
+        ],
+        _environment(home),
+    )
+
+
+def superexec_command(address: str, ca: Path, home: Path, parent_pid: int | None = None) -> Program:
+    """Return the executor that starts a ServerApp's process for each run.
+
+    ``address`` is ``host:port``. With ``parent_pid`` it ends when that process does. What
+    ServerApps read from the environment is what the executor was started with.
+    """
+    watch = [] if parent_pid is None else ["--parent-pid", str(parent_pid)]
+    return Program(
+        [
+            _script("flower-superexec"),
+            *("--runtime-api-address", address),
+            *("--root-certificates", str(ca)),
+            *watch,
+        ],
+        {**_environment(home), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"},
+    )
+
+
+class SuperLinkAdmin:
+    """The SuperLink's Control API, which asks for no credential: it stays on loopback.
+
+    Every method raises :class:`LinkError` when the SuperLink is away or refuses.
+    """
+
+    def __init__(self, address: str, ca_pem: bytes) -> None:
+        context = ssl.create_default_context(cadata=ca_pem.decode("ascii"))
+        self._address = address
+        self._client = _Control(f"https://{address}", verify=context)
+
+    def ready(self) -> bool:
+        """Say whether the SuperLink answers."""
+        try:
+            self._client.ListRuns(ListRunsRequest(limit=1))
+        except httpx.HTTPError:
+            return False
+        return True
+
+    def register_node(self, public_key_pem: bytes) -> str:
+        """Admit a node key (PEM, NIST curve) and return its node id (decimal uint64)."""
+        request = RegisterNodeRequest(public_key=public_key_pem)
+        return str(self._call(lambda: self._client.RegisterNode(request)).node_id)
+
+    def unregister_node(self, node_id: str) -> None:
+        """Shut a node out at once; one that is unknown already is no error."""
+        request = UnregisterNodeRequest(node_id=int(node_id))
+        try:
+            self._call(lambda: self._client.UnregisterNode(request))
+        except _Refusal as refusal:
+            if refusal.code != ApiErrorCode.NODE_NOT_FOUND:
+                raise
+
+    def start_run(self, app: str, config: Mapping[str, ConfigValue]) -> str:
+        """Start the installed ServerApp ``module:attribute`` and return Flower's run id.
+
+        ``config`` reaches the app as ``context.run_config``.
+        """
+        content = _bundle(app, config)
+        request = StartRunRequest(
+            fab=fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {})),
+            override_config=user_config_to_proto(dict(config)),
+        )
+        response = self._call(lambda: self._client.StartRun(request))
+        if not response.HasField("run_id"):
+            raise LinkError(f"the SuperLink at {self._address} did not start the run")
+        return str(response.run_id)
+
+    def run_status(self, run_id: str) -> RunStatus:
+        """Return how a run stands."""
+        number = int(run_id)
+        request = ListRunsRequest(run_id=number)
+        status = self._call(lambda: self._client.ListRuns(request)).run_dict[number].status
+        return RunStatus(status.status, status.sub_status, status.details)
+
+    def stop_run(self, run_id: str) -> None:
+        """Stop a run; one that has ended already is no error."""
+        request = StopRunRequest(run_id=int(run_id))
+        try:
+            self._call(lambda: self._client.StopRun(request))
+        except _Refusal as refusal:
+            if refusal.code != ApiErrorCode.RUN_ALREADY_FINISHED:
+                raise
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    def _call(self, request: Callable[[], _Result]) -> _Result:
+        try:
+            return request()
+        except httpx.HTTPStatusError as error:
+            raise _Refusal(self._address, error.response) from error
+        except httpx.HTTPError as error:
+            raise LinkError(
+                f"the SuperLink at {self._address} cannot be reached ({error}); "
+                "check that it runs and that the address is right"
+            ) from error
+
+
+class _Refusal(LinkError):
+    def __init__(self, address: str, response: httpx.Response) -> None:
+        known = FlowerError.from_json(response.text)
+        self.code = known.code if known else None
+        said = known.message if known else f"HTTP {response.status_code}"
+        super().__init__(f"the SuperLink at {address} refused: {said}")
+
+
+class _Control(ControlHttpClient):
+    """The Control client without proxies from the environment: it talks to loopback."""
+
+    def __init__(self, base_url: str, *, verify: ssl.SSLContext) -> None:
+        super().__init__(base_url, verify=verify)
+        self._client.close()
+        self._client = httpx.Client(verify=verify, timeout=30.0, trust_env=False)
+
+
+def prompt_grid() -> None:
+    """Let this process's HTTP grid look again for missing parts of a reply at once.
+
+    Flower waits a second and then up to 180 for a reply whose parts are still being uploaded,
+    holding up everyone else's.
+    """
+    from flwr.supercore.inflatable.inflatable_utils import pull_objects
+    from flwr.superlink.grid import http_grid
+
+    prompt = functools.partial(
+        pull_objects, initial_backoff=0.05, backoff_cap=0.5, max_time=_UPLOAD_PATIENCE
+    )
+    vars(http_grid)["pull_objects"] = prompt
+
+
+def claim_run(run_id: int) -> None:
+    """Let this process build messages outside a ServerApp's process."""
+    TaskIdentity.run_id = run_id
+    TaskIdentity.node_id = SUPERLINK_NODE_ID
+    TaskIdentity.task_id = 1
+
+
+def answer(
+    app: ClientApp | None,
+    message: Message,
+    context: Context,
+    *,
+    passing: tuple[type[Exception], ...] = (),
+) -> Message:
+    """Call a ClientApp as a node does: what it raises becomes an error reply.
+
+    ``passing`` are exceptions that go through instead. No app is an unavailable node.
+    """
+    if app is None:
+        return Message(
+            Error(ErrorCode.NODE_UNAVAILABLE, "the device is not connected"), reply_to=message
+        )
+    try:
+        return app(message, context)
+    except passing:
+        raise
+    except Exception as error:  # noqa: BLE001  # whatever a task raises is the device's answer
+        reason = f"{type(error).__name__}: {error}"
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+def _bundle(app: str, config: Mapping[str, ConfigValue]) -> bytes:
+    """Return a bundle naming ``app`` and, as Flower demands, every key of its configuration."""
+    import tomli_w
+    from flwr.cli.build import build_fab_from_files
+
+    pyproject = {
+        "project": {"name": "atoll", "version": "1.0.0"},
+        "tool": {
+            "flwr": {
+                "app": {
+                    "publisher": "atoll",
+                    "components": {
+                        "serverapp": app,
+                        "clientapp": "atoll.federation.client_app:build",
+                    },
+                    "config": {key: type(value)() for key, value in sorted(config.items())},
+                }
+            }
+        },
+    }
+    return build_fab_from_files({"pyproject.toml": tomli_w.dumps(pyproject).encode()})[0]
+
+
+def _script(name: str) -> str:
+    return str(Path(sysconfig.get_path("scripts")) / name)
+
+
+def _environment(home: Path) -> dict[str, str]:
+    """Return what every Flower process gets; the executor finds ``flwr-serverapp`` by PATH."""
+    scripts = sysconfig.get_path("scripts")
+    local = [os.environ.get("NO_PROXY", ""), "127.0.0.1", "localhost"]
+    no_proxy = ",".join(part for part in local if part)
+    return {
+        **_QUIET,
+        "FLWR_HOME": str(home),
+        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)]),
+        "NO_PROXY": no_proxy,
+        "no_proxy": no_proxy,
+    }

@@ -1,0 +1,159 @@
+"""What hub and device say to each other in a run, as Flower records.
+
+Each struct is one ``ConfigRecord`` under its tag, so a message costs the fewest objects that
+Flower's object store asks for, and a record that is the same for every device (the weights)
+is stored once. Readers ignore fields they do not know; fields are only ever added with a
+default.
+
+Flower routes by message type: :data:`TRAIN` carries the contribution to the sum, with the
+weights it starts from; :data:`SUM` every other phase of the sum; :data:`EVALUATE` and
+:data:`QUERY` say their names.
+"""
+
+from typing import Final, TypeVar
+
+import msgspec
+from atoll.federation.errors import BadMessage
+from atoll.privacy.sums import RoundKey, SumSpec
+from flwr.app import ConfigRecord, RecordDict
+
+TRAIN: Final = "train"
+SUM: Final = "train.sum"
+EVALUATE: Final = "evaluate"
+QUERY: Final = "query"
+
+
+class SumAsk(msgspec.Struct, frozen=True, kw_only=True, tag="sum"):
+    """One phase of a private sum for one party (see :mod:`atoll.privacy.sums`)."""
+
+    mode: str
+    phase: str
+    payload: bytes
+    party: str
+    run: str
+    round: int
+    length: int
+    bound: int
+    parties: int
+    min_survivors: int
+
+    @property
+    def spec(self) -> SumSpec:
+        """What this sum is about."""
+        return SumSpec(
+            key=RoundKey(self.run, self.round),
+            length=self.length,
+            bound=self.bound,
+            parties=self.parties,
+            min_survivors=self.min_survivors,
+        )
+
+
+class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
+    """Local training: ``weights`` is a float32 little-endian vector."""
+
+    task: str
+    weights: bytes
+    seed: int
+    local_epochs: int
+    batch_size: int
+    learning_rate: float
+    momentum: float
+    clip_norm: float
+    bits: int
+    noise_multiplier: float
+    survivors: int
+
+
+class EvaluateAsk(msgspec.Struct, frozen=True, kw_only=True, tag="evaluate"):
+    """Evaluation of ``weights`` (float32 little-endian) on a split of the device's data."""
+
+    task: str
+    weights: bytes
+    split: str
+
+
+class QueryAsk(msgspec.Struct, frozen=True, kw_only=True, tag="query"):
+    """A question whose payload this folder does not read."""
+
+    name: str
+    payload: bytes
+
+
+class SumReply(msgspec.Struct, frozen=True, kw_only=True, tag="sum"):
+    """A party's answer to a phase."""
+
+    payload: bytes
+
+
+class TrainReply(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
+    """Mean training loss over the last local epoch.
+
+    Reported in the clear, as evaluation counts are: ε speaks of the model alone.
+    """
+
+    loss: float
+
+
+class EvaluateReply(msgspec.Struct, frozen=True, kw_only=True, tag="evaluate"):
+    """How the weights did on ``rows`` examples; ``loss`` is the mean cross-entropy."""
+
+    rows: int
+    correct: int
+    loss: float
+
+
+class QueryReply(msgspec.Struct, frozen=True, kw_only=True, tag="query"):
+    """The answer to a :class:`QueryAsk`."""
+
+    payload: bytes
+
+
+Record = (
+    SumAsk | TrainAsk | EvaluateAsk | QueryAsk | SumReply | TrainReply | EvaluateReply | QueryReply
+)
+Kind = TypeVar(
+    "Kind",
+    SumAsk,
+    TrainAsk,
+    EvaluateAsk,
+    QueryAsk,
+    SumReply,
+    TrainReply,
+    EvaluateReply,
+    QueryReply,
+)
+
+
+def pack(*records: Record) -> RecordDict:
+    """Return the content of a Flower message."""
+    return RecordDict(
+        {_tag(type(record)): ConfigRecord(msgspec.structs.asdict(record)) for record in records}
+    )
+
+
+def unpack(content: RecordDict, kind: type[Kind]) -> Kind:
+    """Read and validate one record; raise :class:`BadMessage` when it is missing or malformed."""
+    record = content.config_records.get(_tag(kind))
+    if record is None:
+        raise BadMessage(f"the message carries no {_tag(kind)!r} record")
+    fields = dict(record)
+    fields["type"] = _tag(kind)
+    try:
+        return msgspec.convert(fields, kind)
+    except msgspec.ValidationError as error:
+        raise BadMessage(f"{_tag(kind)} record: {error}") from error
+
+
+def size(content: RecordDict) -> int:
+    """Return the bytes of payload that a message carries; Flower's envelope is not counted."""
+    return sum(
+        len(value)
+        for record in content.config_records.values()
+        for value in record.values()
+        if isinstance(value, bytes)
+    )
+
+
+def _tag(kind: type[msgspec.Struct]) -> str:
+    return str(kind.__struct_config__.tag)

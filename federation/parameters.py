@@ -1,0 +1,55 @@
+"""A model's weights as one float32 vector, and back.
+
+The vector holds every floating-point entry of the state dict in its order: parameters and
+running statistics alike. Integer entries (a batch counter) stay on each side.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from atoll.federation.errors import BadMessage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Vector = npt.NDArray[np.float32]
+
+
+def flatten(model: "nn.Module") -> Vector:
+    """Return a copy of the weights, float32 of shape ``(n,)``."""
+    parts = [
+        value.detach().cpu().numpy().astype(np.float32, copy=False).ravel()
+        for value in model.state_dict().values()
+        if value.is_floating_point()
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+
+def unflatten(model: "nn.Module", vector: Vector) -> None:
+    """Load ``vector``; raise :class:`BadMessage` when its length is not the model's."""
+    import torch
+
+    state = model.state_dict()
+    wanted = sum(value.numel() for value in state.values() if value.is_floating_point())
+    if vector.shape != (wanted,):
+        raise BadMessage(f"weights of shape {vector.shape} do not fit a model of {wanted} values")
+    at = 0
+    with torch.no_grad():
+        for value in state.values():
+            if value.is_floating_point():
+                piece = np.array(vector[at : at + value.numel()], dtype=np.float32)
+                value.copy_(torch.from_numpy(piece).reshape(value.shape))
+                at += value.numel()
+
+
+def to_bytes(vector: Vector) -> bytes:
+    """Return float32 little-endian bytes."""
+    return vector.astype("<f4", copy=False).tobytes()
+
+
+def from_bytes(data: bytes) -> Vector:
+    """Return a writable float32 vector; raise :class:`BadMessage` for a torn one."""
+    if len(data) % 4:
+        raise BadMessage(f"{len(data)} bytes are no float32 vector")
+    return np.frombuffer(data, dtype="<f4").astype(np.float32)

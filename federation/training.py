@@ -1,0 +1,103 @@
+"""What one device computes: a few epochs of SGD, or an evaluation.
+
+Runs on the CPU with few threads, because a training device has other work. The same seed,
+weights and examples give the same result on the same build of torch.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+from atoll.federation.errors import DataMissing
+from atoll.federation.parameters import Vector, flatten, unflatten
+from atoll.federation.plan import Training
+from atoll.federation.task import Examples
+from torch import nn
+
+THREADS: Final = 2
+_EVALUATION_BATCH: Final = 256
+
+
+class Trained(NamedTuple):
+    """New weights float32 ``(n,)`` and the mean cross-entropy over the last epoch."""
+
+    weights: Vector
+    loss: float
+
+
+class Evaluated(NamedTuple):
+    """``correct`` of ``rows`` examples; ``loss`` is the mean cross-entropy."""
+
+    rows: int
+    correct: int
+    loss: float
+
+
+def local_seed(seed: int, round_number: int, party: str) -> int:
+    """Return the seed of one device in one round: 0 ≤ seed < 2⁶³, unrelated to its neighbours'."""
+    digest = hashlib.sha256(f"atoll/local/{seed}/{round_number}/{party}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def train(
+    model: nn.Module, weights: Vector, examples: Examples, training: Training, seed: int
+) -> Trained:
+    """Run local SGD from ``weights``.
+
+    A trailing batch of one row is left out when there are others: batch statistics need two.
+    Raises :class:`DataMissing` when there are no examples.
+    """
+    rows = len(examples.y)
+    if rows == 0:
+        raise DataMissing("this device has no training examples")
+    with _few_threads(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unflatten(model, weights)
+        model.train()
+        x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
+        optimiser = torch.optim.SGD(
+            model.parameters(), lr=training.learning_rate, momentum=training.momentum
+        )
+        loss_sum, seen = 0.0, 0
+        for _ in range(training.local_epochs):
+            loss_sum, seen = 0.0, 0
+            for batch in torch.split(torch.randperm(rows), training.batch_size):
+                if len(batch) == 1 and rows > 1:
+                    continue
+                optimiser.zero_grad()
+                loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
+                loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
+                optimiser.step()
+                loss_sum += float(loss.detach()) * len(batch)
+                seen += len(batch)
+        return Trained(flatten(model), loss_sum / max(seen, 1))
+
+
+def evaluate(model: nn.Module, weights: Vector, examples: Examples) -> Evaluated:
+    """Count how many examples the model gets right; no examples is a count of zero rows."""
+    correct, loss_sum = 0, 0.0
+    with _few_threads(), torch.no_grad():
+        unflatten(model, weights)
+        model.eval()
+        for start in range(0, len(examples.y), _EVALUATION_BATCH):
+            stop = start + _EVALUATION_BATCH
+            x = torch.from_numpy(np.ascontiguousarray(examples.x[start:stop]))
+            y = torch.from_numpy(np.ascontiguousarray(examples.y[start:stop]))
+            logits = model(x)
+            loss_sum += float(nn.functional.cross_entropy(logits, y, reduction="sum"))
+            correct += int((logits.argmax(dim=1) == y).sum())
+    rows = len(examples.y)
+    return Evaluated(rows, correct, loss_sum / rows if rows else 0.0)
+
+
+@contextmanager
+def _few_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
