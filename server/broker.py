@@ -12,6 +12,8 @@ Whoever implements :class:`Broker` promises (``tests/contracts/`` holds them to 
 
 A broker may acknowledge a publish that it then drops for want of permission (NATS does; MQTT
 3.1.1 §3.3.5 allows it): a forged message seems to succeed to its sender and never arrives.
+
+:func:`atoll.server.brokers.open_broker` makes the one that the settings ask for.
 """
 
 import secrets
@@ -19,18 +21,15 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
-from urllib.parse import urlsplit
 
 from atoll.fleet.files import write_atomic
 from atoll.fleet.identity import HUB_SERVICE
 from atoll.fleet.topics import DEVICE_PUBLISHES, DEVICE_READS, topic
-from atoll.server.errors import CannotStart
 from atoll.server.supervisor import Address, Child
 
 HUB_USER: Final = HUB_SERVICE
 MAX_MESSAGE_BYTES: Final = 512 * 1024
 """Largest MQTT payload a broker takes; above :data:`atoll.fleet.wire.MAX_MESSAGE_BYTES`."""
-DEFAULT_PORT: Final = 8883
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,54 +83,6 @@ class Broker(Protocol):
         ...
 
 
-class ExternalBroker:
-    """A broker that someone else runs and configures; we only connect.
-
-    Its operator grants what :func:`needed_config` prints. Revocation reaches it through the
-    revocation list written to ``<directory>/revoked.crl`` if it reads one; else a revoked
-    device is out when its certificate expires, and its messages are dropped by the hub.
-    """
-
-    def __init__(self, url: str, directory: Path) -> None:
-        """Take ``mqtts://host[:port]``; raise :class:`CannotStart` for any other URL."""
-        self._address = parse_url(url)
-        self._directory = directory
-
-    @property
-    def address(self) -> Address:
-        """Where the URL points."""
-        return self._address
-
-    @property
-    def client_id(self) -> str:
-        """Secret: what this broker lets its clients call themselves is not known."""
-        return hub_client_id(self._directory)
-
-    def write_config(self, devices: Collection[str], revoked: Collection[str] = ()) -> None:
-        """Nothing to write: the broker knows devices by certificate and topic pattern."""
-
-    def child(self) -> None:
-        """Return none: it runs elsewhere."""
-
-    def reload(self, pid: int | None) -> None:
-        """Nothing to reload."""
-
-
-def parse_url(url: str) -> Address:
-    """Return the address in ``mqtts://host[:port]``; raise :class:`CannotStart`."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port or DEFAULT_PORT
-    except ValueError:
-        parts, port = urlsplit(""), DEFAULT_PORT
-    if parts.scheme != "mqtts" or not parts.hostname or parts.path.strip("/") or parts.username:
-        raise CannotStart(
-            f"cannot use {url!r} as a broker",
-            "write it as mqtts://host:port, without path or password",
-        )
-    return Address(parts.hostname, port)
-
-
 def hub_client_id(directory: Path) -> str:
     """Return the hub's secret client id, made on first use and kept in ``directory``."""
     path = directory / "client-id"
@@ -141,6 +92,11 @@ def hub_client_id(directory: Path) -> str:
         made = f"hub-{secrets.token_hex(16)}"
         write_atomic(path, made.encode("ascii"))
         return made
+
+
+def loopback(listen: Address) -> Address:
+    """Return where a program on this machine reaches what listens on ``listen``."""
+    return Address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen.host, listen.host), listen.port)  # noqa: S104 -- read, not bound
 
 
 def device_publishes(device: str) -> list[str]:

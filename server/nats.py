@@ -34,6 +34,7 @@ from atoll.server.broker import (
     device_publishes,
     device_reads,
     hub_client_id,
+    loopback,
 )
 from atoll.server.errors import CannotStart
 from atoll.server.supervisor import Address, Child
@@ -131,11 +132,6 @@ def find_program() -> Path:
             "install it with: pip install 'atoll[hub]'",
         )
     return Path(found)
-
-
-def loopback(listen: Address) -> Address:
-    """Return where a program on this machine reaches what listens on ``listen``."""
-    return Address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen.host, listen.host), listen.port)  # noqa: S104 -- read, not bound
 
 
 def _user(name: str, publish: Sequence[str], read: Sequence[str]) -> dict[str, object]:

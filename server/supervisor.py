@@ -46,7 +46,8 @@ STEADY: Final = 60.0
 SETTLE: Final = 0.3
 """Seconds that a child without a port must run to count as started."""
 LOG_BYTES: Final = 10 * 1024 * 1024
-LAST_LINES: Final = 8
+LAST_LINES: Final = 5
+LAST_BYTES: Final = 2048
 
 _POLL: Final = 0.05
 
@@ -192,6 +193,7 @@ class _Kept:
         self._mark = mark
         self._restarted = restarted
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
         self._stopping = threading.Event()
         self._watcher = threading.Thread(
             target=self._watch, name=f"watch-{child.name}", daemon=True
@@ -221,6 +223,7 @@ class _Kept:
             if self._log.stat().st_size > LOG_BYTES:
                 self._log.replace(self._log.with_suffix(".log.1"))
         with self._log.open("ab") as output:
+            self._log_start = output.tell()
             try:
                 return subprocess.Popen(
                     self._child.command,
@@ -253,7 +256,7 @@ class _Kept:
             self._stopping.wait(_POLL)
 
     def _failure(self, what: str) -> ChildFailed:
-        said = last_lines(self._log)
+        said = last_lines(self._log, since=self._log_start)
         return ChildFailed(
             f"the {self._child.name} {what}" + (f"; it said: {said}" if said else ""),
             f"all it said is in {self._log}",
@@ -303,15 +306,16 @@ def is_open(address: Address, timeout: float = 1.0) -> bool:
         return False
 
 
-def last_lines(path: Path, lines: int = LAST_LINES) -> str:
-    """Return the last lines of a log, on one line, without colour codes."""
+def last_lines(path: Path, since: int = 0) -> str:
+    """Return the last lines of a log after ``since`` bytes, on one line."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 4096))
+            file.seek(max(since, path.stat().st_size - LAST_BYTES))
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return ""
-    return " / ".join(line.strip() for line in text.splitlines() if line.strip())[-160 * lines :]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " / ".join(lines[-LAST_LINES:])
 
 
 def _end(process: subprocess.Popen[bytes], grace: float) -> None:
