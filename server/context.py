@@ -15,6 +15,7 @@ from atoll.server.settings import Settings
 from atoll.server.store import Store
 
 if TYPE_CHECKING:
+    from atoll.federation.flower import RunStatus
     from atoll.fleet.identity import Authority
 
 Clock = Callable[[], float]
@@ -40,12 +41,12 @@ class Nodes(Protocol):
         """Refuse the node from now on."""
         ...
 
-    def start_run(self, app: str, config: Mapping[str, str]) -> str:
+    def start_run(self, app: str, config: Mapping[str, bool | int | float | str]) -> str:
         """Start the ServerApp ``module:attribute``; return Flower's run id in decimal."""
         ...
 
-    def run_status(self, run_id: str) -> str:
-        """Return Flower's status of a run."""
+    def run_status(self, run_id: str) -> "RunStatus":
+        """Return how a run stands with Flower."""
         ...
 
     def stop_run(self, run_id: str) -> None:

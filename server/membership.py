@@ -62,10 +62,21 @@ class Fleet:
         with self._broker_lock:
             with self._store.read() as connection:
                 rows = connection.execute(
-                    select(devices.c.id, devices.c.serial, devices.c.revoked_at)
+                    select(
+                        devices.c.id,
+                        devices.c.serial,
+                        devices.c.previous_serial,
+                        devices.c.revoked_at,
+                    )
                 ).all()
             members = frozenset(row.id for row in rows if row.revoked_at is None)
-            revoked = frozenset(row.serial for row in rows if row.revoked_at is not None)
+            revoked = frozenset(
+                serial
+                for row in rows
+                if row.revoked_at is not None
+                for serial in (row.serial, row.previous_serial)
+                if serial is not None
+            )
             if (members, revoked) != self._told:
                 self._broker.write_config(members, revoked)
                 self._broker.reload(self._broker_pid())
