@@ -84,11 +84,11 @@ class LocalFleet:
             api.close()
         return False
 
-    def call(self, method: str, path: str, **arguments: Any) -> Any:
+    def call(self, method: str, path: str, body: object = None) -> Any:  # noqa: ANN401 -- JSON
         """Call the operator API and return the JSON; raise :class:`FleetFailed` on an error."""
         if self._api is None:
             raise FleetFailed("the hub has not been started")
-        reply = self._api.request(method, path, **arguments)
+        reply = self._api.request(method, path, json=body)
         if not reply.is_success:
             raise FleetFailed(f"{method} {path}: {reply.text}")
         return reply.json()
@@ -99,7 +99,7 @@ class LocalFleet:
 
     def enrol(self, device: str, labels: Mapping[str, str]) -> None:
         """Make a token for a device and enrol it with ``atoll-agent enrol``."""
-        token = self.call("POST", "/tokens", json={"device": device, "labels": dict(labels)})
+        token = self.call("POST", "/tokens", {"device": device, "labels": dict(labels)})
         data = str(self.device_data(device))
         _run([*_program("atoll-agent"), "enrol", "--token", token["token"], "--data", data])
 
