@@ -11,6 +11,7 @@ It comes as a pip wheel, so a hub needs no system package. What was tried and fo
 - The native client port cannot be turned off by configuration. It is bound to loopback on a
   port of the system's choosing, and every user is restricted to MQTT, so nobody gets in there.
 - ``verify_and_map`` takes the certificate's name and ignores a user name in CONNECT.
+- What the hub has not acknowledged comes again after ``ack_wait``, not at the reconnect.
 - Sessions belong to client ids, whoever presents them; so the hub's is secret.
 - ``sync_interval: always`` makes a PUBACK mean "on disk", at about a third of the rate
   (3,000 instead of 9,700 messages per second of 500 bytes, one publisher).
@@ -24,6 +25,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Final
 
 from atoll.fleet.files import write_atomic
 from atoll.fleet.topics import check_device_id
@@ -38,6 +40,9 @@ from atoll.server.broker import (
 )
 from atoll.server.errors import CannotStart
 from atoll.server.supervisor import Address, Child
+
+REDELIVER_SECONDS: Final = 5
+"""It also has to pass before a hub that came back is told again what it had not acknowledged."""
 
 
 class NatsBroker:
@@ -102,7 +107,7 @@ def config_for(
         "mqtt": {
             "host": listen.host,
             "port": listen.port,
-            "ack_wait": "30s",
+            "ack_wait": f"{REDELIVER_SECONDS}s",
             "max_ack_pending": 1024,
             "tls": {
                 "ca_file": str(tls.ca),
