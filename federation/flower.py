@@ -23,13 +23,16 @@ run the installed task.
 
 import functools
 import hashlib
+import io
+import json
 import os
 import ssl
 import sysconfig
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import httpx
 from atoll.federation.errors import LinkError
@@ -50,7 +53,6 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.task_identity import TaskIdentity
 
 ConfigValue = bool | int | float | str
-State = Literal["pending", "starting", "running", "finished"]
 _Result = TypeVar("_Result")
 
 _QUIET: Final = {
@@ -70,9 +72,12 @@ class Program(NamedTuple):
 
 
 class RunStatus(NamedTuple):
-    """``outcome`` is completed, failed or stopped once ``state`` is finished."""
+    """``state`` is pending, starting, running or finished.
 
-    state: State
+    ``outcome`` is completed, failed or stopped once it is finished; ``detail`` may say why.
+    """
+
+    state: str
     outcome: str
     detail: str
 
@@ -266,26 +271,38 @@ def answer(
 
 
 def _bundle(app: str, config: Mapping[str, ConfigValue]) -> bytes:
-    """Return a bundle naming ``app`` and, as Flower demands, every key of its configuration."""
-    import tomli_w
-    from flwr.cli.build import build_fab_from_files
+    """Return a bundle (FAB) naming ``app`` and, as Flower demands, each key of its config.
 
-    pyproject = {
-        "project": {"name": "atoll", "version": "1.0.0"},
-        "tool": {
-            "flwr": {
-                "app": {
-                    "publisher": "atoll",
-                    "components": {
-                        "serverapp": app,
-                        "clientapp": "atoll.federation.client_app:build",
-                    },
-                    "config": {key: type(value)() for key, value in sorted(config.items())},
-                }
-            }
-        },
-    }
-    return build_fab_from_files({"pyproject.toml": tomli_w.dumps(pyproject).encode()})[0]
+    The same bytes for the same names: a zip of the project file and a list of digests.
+    """
+    keys = "".join(f"{json.dumps(key)} = {_blank(value)}\n" for key, value in config.items())
+    project = _PROJECT.format(app=json.dumps(app), keys=keys).encode()
+    listing = f"pyproject.toml,{hashlib.sha256(project).hexdigest()},{len(project) * 8}".encode()
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as bundle:
+        for name, content in (("pyproject.toml", project), (".info/CONTENT", listing)):
+            bundle.writestr(zipfile.ZipInfo(name), content)
+    return out.getvalue()
+
+
+_PROJECT: Final = """\
+[project]
+name = "atoll"
+version = "1.0.0"
+
+[tool.flwr.app]
+publisher = "atoll"
+
+[tool.flwr.app.components]
+serverapp = {app}
+clientapp = "atoll.federation.client_app:build"
+
+[tool.flwr.app.config]
+{keys}"""
+
+
+def _blank(value: ConfigValue) -> str:
+    return json.dumps(type(value)())
 
 
 def _script(name: str) -> str:
