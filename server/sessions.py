@@ -6,10 +6,10 @@ works once, for :data:`CODE_SECONDS`; a session ends after :data:`SESSION_SECOND
 logout, or when its operator is revoked.
 """
 
-import hashlib
 import secrets
 from typing import Final
 
+from atoll.server.auth import ROLES, Operator, digest
 from atoll.server.schema import login_codes, operators, sessions
 from sqlalchemy import Connection, delete, insert, select, update
 
@@ -22,7 +22,7 @@ def new_login_code(connection: Connection, operator: str, now: float) -> str:
     code = secrets.token_urlsafe(32)
     connection.execute(
         insert(login_codes).values(
-            code_sha256=_hash(code), operator=operator, expires_at=now + CODE_SECONDS
+            code_sha256=digest(code), operator=operator, expires_at=now + CODE_SECONDS
         )
     )
     return code
@@ -33,7 +33,7 @@ def use_login_code(connection: Connection, code: str, now: float) -> str | None:
     spent = connection.execute(
         update(login_codes)
         .where(
-            login_codes.c.code_sha256 == _hash(code),
+            login_codes.c.code_sha256 == digest(code),
             login_codes.c.used_at.is_(None),
             login_codes.c.expires_at > now,
         )
@@ -49,7 +49,7 @@ def open_session(connection: Connection, operator: str, now: float) -> str:
     secret = secrets.token_urlsafe(32)
     connection.execute(
         insert(sessions).values(
-            secret_sha256=_hash(secret),
+            secret_sha256=digest(secret),
             operator=operator,
             created_at=now,
             expires_at=now + SESSION_SECONDS,
@@ -58,24 +58,22 @@ def open_session(connection: Connection, operator: str, now: float) -> str:
     return secret
 
 
-def session_operator(connection: Connection, secret: str, now: float) -> tuple[str, str] | None:
-    """Return name and role of the operator whose session this is; none if it has ended."""
+def session_operator(connection: Connection, secret: str, now: float) -> Operator | None:
+    """Return the operator whose session this is; none if it has ended."""
     row = connection.execute(
         select(operators.c.name, operators.c.role)
         .join(sessions, sessions.c.operator == operators.c.name)
         .where(
-            sessions.c.secret_sha256 == _hash(secret),
+            sessions.c.secret_sha256 == digest(secret),
             sessions.c.expires_at > now,
             operators.c.revoked_at.is_(None),
         )
     ).one_or_none()
-    return None if row is None else (row.name, row.role)
+    if row is None:
+        return None
+    return next((Operator(row.name, role) for role in ROLES if role == row.role), None)
 
 
 def close_session(connection: Connection, secret: str) -> None:
     """End a session; one that is not there is none to end."""
-    connection.execute(delete(sessions).where(sessions.c.secret_sha256 == _hash(secret)))
-
-
-def _hash(secret: str) -> str:
-    return hashlib.sha256(secret.encode()).hexdigest()
+    connection.execute(delete(sessions).where(sessions.c.secret_sha256 == digest(secret)))
