@@ -1,0 +1,144 @@
+"""The record of what each population of devices has been asked to reveal.
+
+The ledger holds events and nothing derived from them: what is spent is computed from the
+events each time, so a better accountant gives a better answer to old records. An event is
+charged *before* its round starts. A crash between the charge and the round therefore costs
+budget; it never costs privacy.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
+from typing import Protocol
+
+from atoll.privacy import accounting
+from atoll.privacy.accounting import Event, Gaussian, Spent, Unnoised
+from atoll.privacy.errors import BadParameters, BudgetExceeded
+
+__all__ = [
+    "Event",
+    "Gaussian",
+    "Ledger",
+    "LedgerStore",
+    "MemoryStore",
+    "Record",
+    "Spent",
+    "Unnoised",
+]
+
+Record = Mapping[str, object]
+"""An event as JSON-able data (:func:`atoll.privacy.accounting.to_json`)."""
+
+
+class LedgerStore(Protocol):
+    """Where events are kept, one list per population, in the order of their charges."""
+
+    def events(self, population: str) -> Sequence[tuple[str, Record]]:
+        """Return every ``(charge id, event)`` of ``population``."""
+        ...
+
+    def append_if_absent(
+        self,
+        population: str,
+        charge: str,
+        event: Record,
+        allow: Callable[[Sequence[tuple[str, Record]]], None],
+    ) -> bool:
+        """Record an event unless ``charge`` is already there; return whether it was added.
+
+        All in one transaction that excludes other writers: look for ``charge``; if it is
+        absent, call ``allow`` with the events there are, which raises to refuse, and then
+        append. Durable when this returns. What ``allow`` raises is passed on with nothing
+        written.
+        """
+        ...
+
+
+class MemoryStore:
+    """A store for simulations and tests; it forgets."""
+
+    def __init__(self) -> None:
+        self._events: dict[str, dict[str, Record]] = {}
+        self._lock = Lock()
+
+    def events(self, population: str) -> Sequence[tuple[str, Record]]:
+        """Return every ``(charge id, event)`` of ``population``."""
+        return tuple(self._events.get(population, {}).items())
+
+    def append_if_absent(
+        self,
+        population: str,
+        charge: str,
+        event: Record,
+        allow: Callable[[Sequence[tuple[str, Record]]], None],
+    ) -> bool:
+        """Record an event unless ``charge`` is already there; return whether it was added."""
+        with self._lock:
+            if charge in self._events.get(population, {}):
+                return False
+            allow(self.events(population))
+            self._events.setdefault(population, {})[charge] = dict(event)
+            return True
+
+
+class Ledger:
+    """The account of one population.
+
+    ``budget_epsilon`` is the most it may spend at ``delta``; none records without refusing.
+    """
+
+    def __init__(
+        self, store: LedgerStore, population: str, budget_epsilon: float | None, delta: float
+    ) -> None:
+        if not 0 < delta < 1:
+            raise BadParameters(f"delta {delta} must be between 0 and 1")
+        if budget_epsilon is not None and not budget_epsilon > 0:
+            raise BadParameters(f"budget_epsilon {budget_epsilon} must be positive")
+        self._store = store
+        self._population = population
+        self._budget = budget_epsilon
+        self._delta = delta
+
+    def charge(self, charge_id: str, event: Event) -> Spent:
+        """Record ``event`` and return what is spent with it; durable before this returns.
+
+        The same ``charge_id`` again changes nothing when it names the same event, and raises
+        :class:`BadParameters` when it names another. Raises :class:`BudgetExceeded`, with
+        nothing recorded, when it would overspend.
+        """
+        record = accounting.to_json(event)
+        added = self._store.append_if_absent(self._population, charge_id, record, self._check(event))
+        if not added:
+            before = dict(self._store.events(self._population))[charge_id]
+            if accounting.from_json(before) != event:
+                raise BadParameters(
+                    f"charge {charge_id!r} was recorded as {dict(before)!r}; "
+                    "a different event needs a charge id of its own"
+                )
+        return self.spent()
+
+    def spent(self) -> Spent:
+        """Return what has been spent."""
+        return accounting.spent(self._recorded(self._store.events(self._population)), self._delta)
+
+    def after(self, *events: Event) -> Spent:
+        """Return what would be spent after ``events`` more, without recording them."""
+        recorded = self._recorded(self._store.events(self._population))
+        return accounting.spent([*recorded, *events], self._delta)
+
+    def _check(self, event: Event) -> Callable[[Sequence[tuple[str, Record]]], None]:
+        def allow(events: Sequence[tuple[str, Record]]) -> None:
+            if self._budget is None:
+                return
+            after = accounting.spent([*self._recorded(events), event], self._delta).epsilon_pld
+            if after > self._budget:
+                raise BudgetExceeded(
+                    f"this round would bring {self._population!r} to ε = {after:.3g} at "
+                    f"δ = {self._delta:g}, over its budget of {self._budget:g}; "
+                    "raise noise_multiplier, plan fewer rounds or stop here"
+                )
+
+        return allow
+
+    @staticmethod
+    def _recorded(events: Sequence[tuple[str, Record]]) -> list[Event]:
+        return [accounting.from_json(event) for _, event in events]
