@@ -41,7 +41,7 @@ ALPHA: Final = 0.001
 """Rate of false alarms of one assessment of one device, all its variables together."""
 MIN_EFFECT: Final = 0.25
 """PSI that counts as large (Siddiqi, "Credit Risk Scorecards", 2006: a major shift)."""
-MIN_ROWS: Final = 30
+MIN_ROWS: Final = 20
 """Effective rows below which nothing is judged."""
 MIN_EXPECTED: Final = 5.0
 """Cochran's rule for chi-square: expect no fewer in a bin."""
