@@ -1,0 +1,128 @@
+"""The training process: ``python -m atoll.edge_agent.trainer``, a child of the control process.
+
+The one file of the agent that knows federation and privacy. It runs a warm Flower node with
+the ClientApp of an *installed* task over this device's own data; the hub sends weights and
+numbers, never code. It runs while a training window is open and ends when its parent says so
+or is gone.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Final
+
+from atoll.edge_agent import credentials
+from atoll.edge_agent.errors import AgentError
+from atoll.edge_agent.parent import Parent
+from atoll.edge_agent.paths import Paths
+from atoll.edge_agent.queries import Rows, handlers
+from atoll.federation import client_app, task
+from atoll.federation.errors import DataMissing, FederationError
+from atoll.federation.warm_node import WarmNode
+from atoll.fleet.errors import FleetError
+from atoll.fleet.identity import Identity, Peer, peer_of
+from atoll.fleet.queries import Split
+from atoll.privacy.modes import PartyIdentity, party_session
+from atoll.privacy.sums import PartySum
+
+END_SECONDS: Final = 6.0
+"""How long a round under way may take to end once we are told to."""
+
+
+def choose(name: str | None, data: Path) -> task.Task:
+    """Return the task to train: ``name``, or else the first installed one that finds its data.
+
+    Raises :class:`FederationError` or :class:`AgentError` when there is none.
+    """
+    if name is not None:
+        return task.find(name)
+    names = sorted(entry_points(group="atoll.tasks").names)
+    for one in names:
+        found = task.find(one)
+        try:
+            found.load(data, "train")
+        except DataMissing:
+            continue
+        return found
+    raise AgentError(
+        f"no installed task ({', '.join(names) or 'none'}) finds examples in {data}: put this "
+        "device's data there, or install the package of its task"
+    )
+
+
+def examples(of: task.Task, data: Path) -> Callable[[Split], Rows]:
+    """Return a function that reads a split once and keeps it."""
+    kept: dict[str, Rows] = {}
+
+    def read(split: Split) -> Rows:
+        if split not in kept:
+            loaded = of.load(data, split)
+            kept[split] = Rows(loaded.x, loaded.y)
+        return kept[split]
+
+    return read
+
+
+def party_of(paths: Paths, who: credentials.Credentials) -> Callable[[str], PartySum]:
+    """Return what makes this device's side of a private sum from a mode's name."""
+    identity = Identity.load(paths.identity)
+    ca = who.ca.read_bytes()
+
+    def peer(certificate: bytes) -> Peer:
+        return peer_of(certificate, ca, datetime.now(UTC))
+
+    me = PartyIdentity(who.hub.device, identity.key, identity.seal, peer)
+    return lambda mode: party_session(mode, me)
+
+
+def run(paths: Paths, name: str | None, parent: Parent, stop: threading.Event) -> None:
+    """Serve Flower messages until ``stop``; raises :class:`AgentError` and its neighbours."""
+    who = credentials.load(paths)
+    chosen = choose(name, paths.examples)
+    source = examples(chosen, paths.examples)
+    app = client_app.build(chosen, paths.examples, party_of(paths, who), handlers(source))
+    node = WarmNode(who.hub.url, ca=who.ca, certificate=who.certificate, key=who.key)
+    parent.tell({"kind": "up"})
+    node.serve(app, stop)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the training process."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--task")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    torch.set_num_interop_threads(1)
+    parent = Parent()
+    stop = threading.Event()
+
+    def end() -> None:
+        stop.set()
+        # A local epoch cannot be interrupted; the hub counts us as dropped out.
+        watchdog = threading.Timer(END_SECONDS, os._exit, [0])
+        watchdog.daemon = True
+        watchdog.start()
+
+    parent.listen(lambda _: None, end)
+    try:
+        run(Paths(given.data), given.task, parent, stop)
+    except (AgentError, FleetError, FederationError) as error:
+        parent.tell({"kind": "failed", "error": str(error)})
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
