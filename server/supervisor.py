@@ -333,11 +333,13 @@ def _how(code: int) -> str:
 
 
 def _start_guard(mark: str) -> subprocess.Popen[bytes]:
-    # -I and -S: nothing of the user's environment can keep it from starting, and it stays small.
+    # Isolated, so that nothing of the user's can keep it from starting; and without our own
+    # environment, so that the guard of a supervisor above us does not take it for one of ours.
     return subprocess.Popen(
         [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py")), mark],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env={},
         start_new_session=True,
     )
