@@ -79,7 +79,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         """Read :meth:`encode`'s bytes; raise :class:`BadBundle` for any others."""
         try:
             return msgspec.json.decode(data, type=cls)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadBundle(f"{MANIFEST} cannot be read: {error}") from error
 
 

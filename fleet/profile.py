@@ -126,7 +126,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         """Read :meth:`encode`'s bytes; raise :class:`BadProfile` for any others."""
         try:
             return msgspec.msgpack.decode(data, type=cls)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadProfile(f"not a profile: {error}") from error
 
 

@@ -110,5 +110,5 @@ def decode(data: bytes, kind: type[_Payload]) -> _Payload:
         raise BadMessage(f"query of {len(data)} bytes is over the limit of {MAX_QUERY_BYTES}")
     try:
         return msgspec.msgpack.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadMessage(str(error)) from error

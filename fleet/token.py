@@ -64,7 +64,7 @@ class EnrolmentToken:
             url, ca, secret, device = msgspec.msgpack.decode(
                 payload, type=tuple[str, bytes, str, str | None]
             )
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadIdentity(f"enrolment token cannot be read: {error}; {_REMEDY}") from error
         token = cls(url, ca.hex(), secret, device)
         token._check()

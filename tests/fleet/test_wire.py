@@ -1,0 +1,139 @@
+from typing import get_args
+
+import msgspec
+import pytest
+from atoll.fleet.errors import BadMessage
+from atoll.fleet.wire import (
+    MAX_MESSAGE_BYTES,
+    Birth,
+    Body,
+    Death,
+    Desired,
+    Envelope,
+    Event,
+    Health,
+    Reported,
+    Window,
+    decode,
+    encode,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+numbers = st.integers(0, 2**63 - 1)
+times = st.floats(allow_nan=False)
+texts = st.text(max_size=20)
+maybe_text = st.none() | texts
+
+bodies = st.one_of(
+    st.builds(
+        Birth,
+        boot=numbers,
+        agent_version=texts,
+        serve_url=maybe_text,
+        labels=st.dictionaries(texts, texts, max_size=3),
+    ),
+    st.builds(Death, boot=numbers),
+    st.builds(
+        Reported,
+        desired_version=numbers,
+        model=maybe_text,
+        release=st.none() | numbers,
+        state=st.sampled_from(["idle", "fetching", "checking", "serving", "failed"]),
+        error=maybe_text,
+    ),
+    st.builds(
+        Window,
+        model=texts,
+        release=numbers,
+        start=times,
+        end=times,
+        rows=numbers,
+        counts=st.dictionaries(texts, st.binary(max_size=20), max_size=3),
+    ),
+    st.builds(
+        Health,
+        rss=st.dictionaries(texts, numbers, max_size=3),
+        disk_free=numbers,
+        outbox_waiting=numbers,
+        outbox_dropped=numbers,
+        bytes_up=numbers,
+        bytes_down=numbers,
+        latency_p50=st.none() | times,
+        latency_p95=st.none() | times,
+    ),
+    st.builds(
+        Event, kind=texts, severity=st.sampled_from(["info", "warning", "error"]), detail=texts
+    ),
+)
+envelopes = st.builds(Envelope, boot=numbers, seq=numbers, at=times, body=bodies)
+wishes = st.builds(
+    Desired,
+    version=numbers,
+    model=maybe_text,
+    release=st.none() | numbers,
+    train=st.booleans(),
+)
+
+
+@given(envelopes | wishes)
+def test_a_message_survives_the_wire(message) -> None:
+    assert decode(encode(message), type(message)) == message
+
+
+@given(envelopes, st.dictionaries(st.text("xyz", min_size=1), st.none() | texts, min_size=1))
+def test_fields_of_a_later_version_are_ignored(envelope, more) -> None:
+    plain = msgspec.msgpack.decode(encode(envelope))
+    plain["body"] |= more
+    assert decode(msgspec.msgpack.encode({**plain, **more}), Envelope) == envelope
+
+
+@given(envelopes, st.text().filter(lambda t: t not in TAGS))
+def test_a_body_of_an_unknown_kind_is_refused(envelope, tag) -> None:
+    plain = msgspec.msgpack.decode(encode(envelope))
+    plain["body"]["t"] = tag
+    with pytest.raises(BadMessage):
+        decode(msgspec.msgpack.encode(plain), Envelope)
+
+
+TAGS = {kind.__struct_config__.tag for kind in get_args(Body)}
+
+
+def test_every_kind_of_body_has_its_own_tag() -> None:
+    assert {"birth", "death", "reported", "window", "health", "event"} == TAGS
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=200), st.sampled_from([Envelope, Desired]))
+def test_any_bytes_are_a_message_or_refused(data, kind) -> None:
+    try:
+        decode(data, kind)
+    except BadMessage:
+        return
+
+
+@settings(max_examples=300)
+@given(envelopes, st.data())
+def test_damaged_bytes_are_a_message_or_refused(envelope, data) -> None:
+    encoded = bytearray(encode(envelope))
+    at = data.draw(st.integers(0, len(encoded) - 1))
+    encoded[at] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(encoded)))
+    for damaged in (bytes(encoded), bytes(encoded[:cut])):
+        try:
+            decode(damaged, Envelope)
+        except BadMessage:
+            continue
+
+
+def test_a_message_over_the_limit_is_refused_unread() -> None:
+    with pytest.raises(BadMessage, match="over the limit"):
+        decode(b"\x00" * (MAX_MESSAGE_BYTES + 1), Envelope)
+
+
+def test_deep_nesting_is_refused_and_does_not_overflow() -> None:
+    with pytest.raises(BadMessage):
+        decode(b"\x91" * 100_000 + b"\x00", Envelope)
+    nested = b"\x84\xa4boot\x01\xa3seq\x01\xa1x" + b"\x91" * 100_000 + b"\x00"
+    with pytest.raises(BadMessage):
+        decode(nested, Envelope)
