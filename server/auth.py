@@ -66,6 +66,19 @@ def create(connection: Connection, name: str, role: Role, now: float) -> str:
     return token
 
 
+def reissue(connection: Connection, name: str) -> str:
+    """Replace an operator's token, lost, by a new one; raise :class:`NotFound`."""
+    token = _PREFIX + secrets.token_urlsafe(32)
+    changed = connection.execute(
+        update(operators)
+        .where(operators.c.name == name, operators.c.revoked_at.is_(None))
+        .values(token_sha256=digest(token))
+    )
+    if changed.rowcount == 0:
+        raise NotFound(f"there is no operator {name!r} with access")
+    return token
+
+
 def revoke(connection: Connection, name: str, now: float) -> None:
     """End an operator's access; raise :class:`NotFound` unless there is one to end.
 

@@ -6,7 +6,6 @@ reached by ``//``, ``..`` or encoded slashes. Each request is judged by its conn
 client certificate (:class:`atoll.server.peers.Peers`); only the first two routes go without.
 """
 
-import json
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,6 +17,7 @@ from typing import Annotated, Final, TypeVar
 import msgspec
 from atoll.fleet.identity import Peer
 from atoll.server import enrolment
+from atoll.server.answers import error_response, inside
 from atoll.server.context import HubContext
 from atoll.server.errors import BadInput, HubError, NotFound, TooLarge, Unavailable
 from atoll.server.fleet_front import FleetFront
@@ -37,7 +37,6 @@ MAX_JSON: Final = 64 * 1024
 
 _FAILURES: Final = 20
 _FAILURE_SECONDS: Final = 60.0
-_SEGMENT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VERSIONED: Final = re.compile(r"\d+\.[a-z]+\.json")
 _IMMUTABLE: Final = "private, max-age=31536000, immutable"
 
@@ -236,20 +235,6 @@ class Metered:
                 self._traffic.add(device, up=up, down=down)
 
 
-def inside(root: Path, name: str) -> Path:
-    """Return the regular file ``name`` below ``root``; raise :class:`NotFound` for any other.
-
-    Names have up to six plain segments; links that lead out of ``root`` are not followed.
-    """
-    parts = name.split("/")
-    if len(parts) > 6 or not all(_SEGMENT.fullmatch(part) for part in parts):
-        raise NotFound(f"there is no file {name!r}")
-    path = root.joinpath(*parts).resolve()
-    if not path.is_relative_to(root.resolve()) or not path.is_file():
-        raise NotFound(f"there is no file {name!r}")
-    return path
-
-
 def newest_root(tuf: Path) -> str:
     """Return the newest root metadata, which enrolment hands to a device as its trust.
 
@@ -296,20 +281,3 @@ async def _missing(_request: Request, _error: Exception) -> Response:
 async def _broken(request: Request, error: Exception) -> Response:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return error_response(HubError("the hub failed to answer", "see its log"))
-
-
-def error_response(error: HubError) -> JSONResponse:
-    """Return the JSON that every error of the hub has."""
-    return JSONResponse(
-        {"error": error.code, "message": error.message, "remedy": error.remedy},
-        status_code=error.status,
-    )
-
-
-def parse_error(body: bytes) -> str:
-    """Return an error's sentence from such JSON, for programs that call the hub."""
-    try:
-        answer = json.loads(body)
-        return f"{answer['message']}; {answer['remedy']}".rstrip("; ")
-    except (ValueError, KeyError, TypeError):
-        return body.decode("utf-8", "replace")

@@ -90,6 +90,11 @@ class Settings:
         return self.data / "tuf"
 
     @property
+    def candidates(self) -> Path:
+        """Unsigned bundles, one directory per run."""
+        return self.data / "candidates"
+
+    @property
     def online_keys(self) -> Path:
         """TUF keys that the hub signs with."""
         return self.data / "online-keys"

@@ -1,0 +1,93 @@
+"""Operator routes about models: releases, rollouts, drift, alerts; and the audit log."""
+
+from typing import Annotated, Any, Final
+
+from atoll.server import audit
+from atoll.server.api_access import Hub, Operating, Viewer
+from atoll.server.errors import Conflict, NotFound
+from atoll.server.schema import alerts, devices, drift, releases, rollouts
+from fastapi import APIRouter, Query
+from sqlalchemy import select, update
+
+router: Final = APIRouter()
+
+Limit = Annotated[int, Query(ge=1, le=1000)]
+
+
+@router.get("/models", tags=["models"])
+def list_models(hub: Hub, _who: Viewer) -> list[dict[str, Any]]:
+    """List the models with their releases and rollouts, newest first."""
+    hidden = {"profile"}
+    columns = [column for column in releases.c if column.name not in hidden]
+    with hub.store.read() as connection:
+        released = connection.execute(
+            select(*columns).order_by(releases.c.model, releases.c.release.desc())
+        )
+        rolled = connection.execute(select(rollouts).order_by(rollouts.c.id.desc()))
+        models: dict[str, dict[str, Any]] = {}
+        for row in released.mappings():
+            model = models.setdefault(
+                row["model"], {"model": row["model"], "releases": [], "rollouts": []}
+            )
+            model["releases"].append(dict(row))
+        for row in rolled.mappings():
+            models[row["model"]]["rollouts"].append(dict(row))
+    return list(models.values())
+
+
+@router.get("/drift", tags=["watching"])
+def list_drift(hub: Hub, _who: Viewer) -> list[dict[str, Any]]:
+    """Show how far each device has drifted, the farthest first."""
+    query = (
+        select(drift)
+        .join(devices, devices.c.id == drift.c.device)
+        .where(devices.c.revoked_at.is_(None))
+        .order_by(drift.c.score.desc())
+    )
+    with hub.store.read() as connection:
+        return [dict(row) for row in connection.execute(query).mappings()]
+
+
+@router.get("/alerts", tags=["watching"])
+def list_alerts(
+    hub: Hub, _who: Viewer, *, all_: Annotated[bool, Query(alias="all")] = False, limit: Limit = 200
+) -> list[dict[str, Any]]:
+    """List the alerts that are neither acknowledged nor closed, or ``all``; newest first."""
+    query = select(alerts).order_by(alerts.c.id.desc()).limit(limit)
+    if not all_:
+        query = query.where(alerts.c.acknowledged_at.is_(None), alerts.c.closed_at.is_(None))
+    with hub.store.read() as connection:
+        return [dict(row) for row in connection.execute(query).mappings()]
+
+
+@router.post("/alerts/{alert}/acknowledge", tags=["watching"])
+def acknowledge_alert(alert: int, hub: Hub, who: Operating) -> dict[str, Any]:
+    """Say that a person has seen the alert."""
+    now = hub.clock()
+    with hub.store.begin() as connection:
+        changed = connection.execute(
+            update(alerts)
+            .where(alerts.c.id == alert, alerts.c.acknowledged_at.is_(None))
+            .values(acknowledged_at=now, acknowledged_by=who.name)
+        )
+        if changed.rowcount == 0:
+            if connection.execute(select(alerts.c.id).where(alerts.c.id == alert)).first() is None:
+                raise NotFound(f"there is no alert {alert}", "see the list of alerts")
+            raise Conflict(f"alert {alert} was acknowledged already")
+        audit.record(connection, who.name, "alert.acknowledge", str(alert), now)
+    hub.bus.publish("alerts", "audit")
+    return {"id": alert, "acknowledged_by": who.name}
+
+
+@router.get("/audit", tags=["audit"])
+def read_audit(
+    hub: Hub, _who: Viewer, start: Annotated[int, Query(ge=0)] = 0, limit: Limit = 100
+) -> dict[str, Any]:
+    """Read the audit log from entry ``start``, after checking it whole against its hashes."""
+    with hub.store.read() as connection:
+        size, root = audit.verify(connection)
+        return {
+            "size": size,
+            "root": root.hex(),
+            "entries": audit.entries(connection, start, limit),
+        }

@@ -1,0 +1,118 @@
+"""Operator routes about runs, what they left to be signed, and what privacy they cost."""
+
+import math
+from typing import Annotated, Any, Final
+
+from atoll.federation.errors import LinkError
+from atoll.privacy.ledger import Ledger
+from atoll.server import runs
+from atoll.server.answers import inside
+from atoll.server.api_access import Approver, Hub, Operating, Viewer
+from atoll.server.errors import NotFound, Unavailable
+from atoll.server.ledger_store import SqlLedgerStore
+from atoll.server.schema import rounds
+from atoll.server.schema import runs as runs_table
+from fastapi import APIRouter, Query
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, Field
+from sqlalchemy import select
+
+router: Final = APIRouter()
+
+
+class RunRequest(BaseModel, extra="forbid"):
+    """A plan to run."""
+
+    plan: Annotated[str, Field(max_length=64 * 1024)]
+    """TOML."""
+    reason: Annotated[str, Field(max_length=500)] = ""
+
+
+@router.post("/runs", tags=["runs"], status_code=201)
+def propose_run(body: RunRequest, hub: Hub, who: Operating) -> dict[str, str]:
+    """Propose a run; it waits until an approver lets it start."""
+    with hub.store.begin() as connection:
+        run = runs.propose(
+            connection, body.plan, actor=who.name, now=hub.clock(), reason=body.reason
+        )
+    hub.bus.publish("runs", "audit")
+    return {"id": run, "state": "proposed"}
+
+
+@router.get("/runs", tags=["runs"])
+def list_runs(hub: Hub, _who: Viewer) -> list[dict[str, Any]]:
+    """List the runs, newest first."""
+    columns = [column for column in runs_table.c if column.name != "plan"]
+    with hub.store.read() as connection:
+        rows = connection.execute(select(*columns).order_by(runs_table.c.created_at.desc()))
+        return [dict(row) for row in rows.mappings()]
+
+
+@router.get("/runs/{run}", tags=["runs"])
+def show_run(run: str, hub: Hub, _who: Viewer) -> dict[str, Any]:
+    """Show a run with its plan and its rounds so far."""
+    with hub.store.read() as connection:
+        row = (
+            connection.execute(select(runs_table).where(runs_table.c.id == run)).mappings().first()
+        )
+        if row is None:
+            raise NotFound(f"there is no run {run!r}", "see the list of runs")
+        done = connection.execute(
+            select(rounds).where(rounds.c.run == run).order_by(rounds.c.round)
+        )
+        return dict(row) | {"rounds": [dict(one) for one in done.mappings()]}
+
+
+@router.post("/runs/{run}/approve", tags=["runs"])
+def approve_run(run: str, hub: Hub, who: Approver) -> dict[str, str]:
+    """Let a proposed run start. Nobody approves a run of their own, an admin aside."""
+    with hub.store.begin() as connection:
+        runs.approve(connection, run, operator=who, now=hub.clock())
+    hub.bus.publish("runs", "audit")
+    return {"id": run, "state": "approved"}
+
+
+@router.post("/runs/{run}/cancel", tags=["runs"])
+def cancel_run(run: str, hub: Hub, who: Operating) -> dict[str, str]:
+    """End a run that has not ended; what it has spent of the budget stays spent."""
+    with hub.store.begin() as connection:
+        flower = runs.cancel(connection, run, actor=who.name, now=hub.clock())
+    hub.bus.publish("runs", "audit")
+    if flower is not None:
+        try:
+            hub.nodes.stop_run(flower)
+        except LinkError as error:
+            raise Unavailable(
+                f"the run is cancelled, but its process may still work: {error}",
+                "restart the hub to be sure",
+            ) from error
+    return {"id": run, "state": "cancelled"}
+
+
+@router.get("/candidates/{run}/{file}", tags=["models"])
+def candidate_file(run: str, file: str, hub: Hub, _who: Operating) -> FileResponse:
+    """Return a file of the bundle that a run left to be signed."""
+    path = inside(hub.settings.candidates, f"{run}/{file}")
+    return FileResponse(path, media_type="application/octet-stream")
+
+
+@router.get("/ledger", tags=["privacy"])
+def show_ledger(
+    hub: Hub, _who: Viewer, delta: Annotated[float, Query(gt=0, lt=1)] = 1e-5
+) -> list[dict[str, Any]]:
+    """Show what each population has spent at ``delta``; no ε means that nothing bounds it."""
+    store = SqlLedgerStore(hub.store, hub.clock)
+    answer = []
+    for population in store.populations():
+        spent = Ledger(store, population, None, delta).spent()
+        answer.append(
+            {
+                "population": population,
+                "charges": len(store.events(population)),
+                "epsilon": spent.epsilon_pld if math.isfinite(spent.epsilon_pld) else None,
+                "epsilon_rdp": spent.epsilon_rdp if math.isfinite(spent.epsilon_rdp) else None,
+                "delta": spent.delta,
+                "method": spent.method,
+            }
+        )
+    return answer
