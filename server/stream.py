@@ -89,6 +89,11 @@ class Changes:
         self._closing = asyncio.Event()
 
     @property
+    def subjects(self) -> Sequence[Subject]:
+        """What can change."""
+        return tuple(QUESTIONS)
+
+    @property
     def closing(self) -> bool:
         """Whether streams must end."""
         return self._closing.is_set()

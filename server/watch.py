@@ -6,8 +6,8 @@ already, one is proposed with the plan of the latest run. A proposal does nothin
 person approves it.
 """
 
-import secrets
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,7 +16,8 @@ from atoll.fleet.counts import unpack_all
 from atoll.fleet.drift import DeviceVerdict
 from atoll.fleet.errors import BadProfile
 from atoll.fleet.profile import Profile
-from atoll.server import audit, schema
+from atoll.server import audit, runs, schema
+from atoll.server.errors import BadInput
 from atoll.server.store import Store
 from atoll.server.watch_rules import (
     Counted,
@@ -29,6 +30,8 @@ from atoll.server.watch_rules import (
     split,
 )
 from sqlalchemy import Connection, delete, func, insert, select, update
+
+log = logging.getLogger(__name__)
 
 HUB: Final = "hub"
 """Who opens alerts and proposes runs."""
@@ -47,16 +50,11 @@ class Ticked:
     """Ids of the runs."""
 
 
-def tick(
-    store: Store,
-    now: float,
-    rules: Rules | None = None,
-    new_id: Callable[[], str] = lambda: secrets.token_hex(8),
-) -> Ticked:
+def tick(store: Store, now: float, rules: Rules | None = None) -> Ticked:
     """Assess every device that sent windows since the last tick, and act on what changed.
 
-    ``now`` is Unix seconds; ``new_id`` names a proposed run. Assessing holds no lock: the
-    verdicts are written in one short transaction.
+    ``now`` is Unix seconds. Assessing holds no lock: the verdicts are written in one short
+    transaction.
     """
     rules = rules or Rules()
     with store.read() as connection:
@@ -78,7 +76,7 @@ def tick(
                 closed.append(serving)
         for model in dict.fromkeys(serving.model for serving in opened):
             reasons = [alert_text(s, verdicts[s][0]) for s in opened if s.model == model]
-            run = _propose(connection, model, "; ".join(reasons), now, new_id)
+            run = _propose(connection, model, "; ".join(reasons), now)
             proposed += [run] if run else []
     return Ticked(tuple(verdicts), tuple(opened), tuple(closed), tuple(proposed))
 
@@ -252,31 +250,21 @@ def _close(connection: Connection, serving: Serving, now: float) -> None:
     )
 
 
-def _propose(
-    connection: Connection, model: str, reason: str, now: float, new_id: Callable[[], str]
-) -> str | None:
-    """Propose a run with the latest plan of ``model``; none if there is no need or no plan."""
+def _propose(connection: Connection, model: str, reason: str, now: float) -> str | None:
+    """Propose a run with the latest plan of ``model``; none if there is no need or no plan.
+
+    A plan whose task is not installed any more cannot be run, so none is proposed then.
+    """
     r = schema.runs.c
     waiting = select(r.id).where(r.model == model, r.state.in_(UNDER_WAY))
     if connection.execute(waiting).first():
         return None
-    latest = select(r.plan, r.name).where(r.model == model).order_by(r.created_at.desc()).limit(1)
-    plan = connection.execute(latest).first()
+    latest = select(r.plan).where(r.model == model).order_by(r.created_at.desc()).limit(1)
+    plan = connection.execute(latest).scalar_one_or_none()
     if plan is None:
         return None
-    run = new_id()
-    connection.execute(
-        insert(schema.runs).values(
-            id=run,
-            plan=plan.plan,
-            name=plan.name,
-            model=model,
-            state="proposed",
-            reason=reason,
-            created_at=now,
-            created_by=HUB,
-            metrics={},
-        )
-    )
-    audit.record(connection, HUB, "run.propose", run, now, model=model, reason=reason)
-    return run
+    try:
+        return runs.propose(connection, plan, actor=HUB, now=now, reason=reason)
+    except BadInput as error:
+        log.warning("no run of %s is proposed: %s", model, error)
+        return None
