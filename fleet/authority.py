@@ -50,6 +50,7 @@ _UNREADABLE: Final = (
     UnsupportedAlgorithm,
     x509.DuplicateExtension,
     x509.ExtensionNotFound,
+    x509.InvalidVersion,
     x509.UnsupportedGeneralNameType,
 )
 """What the library raises for a request that is malformed or of a kind it does not know."""

@@ -47,7 +47,7 @@ class Output(msgspec.Struct, frozen=True):
 class FileDigest(msgspec.Struct, frozen=True):
     """What a file must be: SHA-256 in lower-case hexadecimal and length in bytes."""
 
-    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
     length: Annotated[int, Meta(ge=0)]
 
     @classmethod
@@ -59,7 +59,7 @@ class FileDigest(msgspec.Struct, frozen=True):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What a bundle is. ``created`` is in Unix seconds; ``metrics`` are the run's, by name."""
 
-    model: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    model: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
     task: str
     run: str
     created: float

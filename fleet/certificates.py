@@ -24,7 +24,7 @@ def read_certificate(pem: bytes) -> x509.Certificate:
     """Parse one PEM certificate; raise :class:`BadIdentity`."""
     try:
         return x509.load_pem_x509_certificate(pem)
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise BadIdentity(f"not a PEM certificate: {error}") from error
 
 

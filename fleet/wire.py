@@ -8,14 +8,27 @@ under ``unreadable`` without stopping.
 Every device → hub message is an :class:`Envelope`. ``(boot, seq)`` is unique for a device:
 ``boot`` counts starts of the agent and ``seq`` the messages within one, so the hub can drop
 repeats and see gaps whatever the device's clock says.
+
+Values are bounded by what the hub's tables can hold (no NaN, no 64-bit overflow, no NUL in
+text), so a message that decodes can be stored and one bad device cannot stop the intake.
 """
 
-from typing import Final, Literal, TypeVar
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 from atoll.fleet.errors import BadMessage
+from msgspec import Meta
 
 MAX_MESSAGE_BYTES: Final = 256 * 1024
+
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Rows = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+ReleaseNumber = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+Milliseconds = Annotated[float, Meta(ge=0, le=1e12)]
+Text = Annotated[str, Meta(pattern=r"^[^\x00]*\Z")]
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
+"""A model's name."""
 
 
 class _Wire(msgspec.Struct, frozen=True, kw_only=True, tag_field="t"):
@@ -28,16 +41,16 @@ class Birth(_Wire, frozen=True, kw_only=True, tag="birth"):
     Paired with :class:`Death` by ``boot`` as in Eclipse Sparkplug B 3.0, §6.4.
     """
 
-    boot: int
-    agent_version: str
-    serve_url: str | None = None
-    labels: dict[str, str] = {}
+    boot: Count
+    agent_version: Annotated[Text, Meta(max_length=32)]
+    serve_url: Annotated[Text, Meta(max_length=255)] | None = None
+    labels: dict[Text, Text] = {}
 
 
 class Death(_Wire, frozen=True, kw_only=True, tag="death"):
     """The last will, on ``status``, retained; sent by the broker or before a clean stop."""
 
-    boot: int
+    boot: Count
 
 
 class Reported(_Wire, frozen=True, kw_only=True, tag="reported"):
@@ -48,11 +61,11 @@ class Reported(_Wire, frozen=True, kw_only=True, tag="reported"):
     that serves, which in every state but ``serving`` may be an older one or none.
     """
 
-    desired_version: int
-    model: str | None
-    release: int | None
+    desired_version: Count
+    model: Name | None
+    release: ReleaseNumber | None
     state: Literal["idle", "fetching", "checking", "serving", "failed"]
-    error: str | None = None
+    error: Text | None = None
 
 
 class Window(_Wire, frozen=True, kw_only=True, tag="window"):
@@ -63,33 +76,33 @@ class Window(_Wire, frozen=True, kw_only=True, tag="window"):
     seconds; ``rows`` is the number of examples counted.
     """
 
-    model: str
-    release: int
-    start: float
-    end: float
-    rows: int
-    counts: dict[str, bytes]
+    model: Name
+    release: ReleaseNumber
+    start: Seconds
+    end: Seconds
+    rows: Rows
+    counts: dict[Text, bytes]
 
 
 class Health(_Wire, frozen=True, kw_only=True, tag="health"):
     """How the device is: resident bytes per process, traffic, drops, latency (milliseconds)."""
 
-    rss: dict[str, int]
-    disk_free: int
-    outbox_waiting: int
-    outbox_dropped: int
-    bytes_up: int
-    bytes_down: int
-    latency_p50: float | None = None
-    latency_p95: float | None = None
+    rss: dict[Text, Count]
+    disk_free: Count
+    outbox_waiting: Count
+    outbox_dropped: Count
+    bytes_up: Count
+    bytes_down: Count
+    latency_p50: Milliseconds | None = None
+    latency_p95: Milliseconds | None = None
 
 
 class Event(_Wire, frozen=True, kw_only=True, tag="event"):
     """Something a person may want to know."""
 
-    kind: str
+    kind: Annotated[Text, Meta(max_length=64)]
     severity: Literal["info", "warning", "error"]
-    detail: str = ""
+    detail: Text = ""
 
 
 Body = Birth | Death | Reported | Window | Health | Event
@@ -98,9 +111,9 @@ Body = Birth | Death | Reported | Window | Health | Event
 class Envelope(msgspec.Struct, frozen=True, kw_only=True):
     """A device → hub message: ``at`` is device-clock Unix seconds, for information only."""
 
-    boot: int
-    seq: int
-    at: float
+    boot: Count
+    seq: Count
+    at: Seconds
     body: Body
 
 
@@ -111,9 +124,9 @@ class Desired(msgspec.Struct, frozen=True, kw_only=True):
     window: the agent keeps its training process running while it is true.
     """
 
-    version: int
-    model: str | None = None
-    release: int | None = None
+    version: Count
+    model: Name | None = None
+    release: ReleaseNumber | None = None
     train: bool = False
 
 

@@ -21,9 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 numbers = st.integers(0, 2**63 - 1)
-times = st.floats(allow_nan=False)
-texts = st.text(max_size=20)
+times = st.floats(0, 1e12)
+texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
 maybe_text = st.none() | texts
+models = st.from_regex(r"[a-z0-9][a-z0-9-]{0,62}", fullmatch=True)
+releases = st.integers(1, 2**31 - 1)
+rows = st.integers(0, 2**31 - 1)
 
 bodies = st.one_of(
     st.builds(
@@ -37,18 +40,18 @@ bodies = st.one_of(
     st.builds(
         Reported,
         desired_version=numbers,
-        model=maybe_text,
-        release=st.none() | numbers,
+        model=st.none() | models,
+        release=st.none() | releases,
         state=st.sampled_from(["idle", "fetching", "checking", "serving", "failed"]),
         error=maybe_text,
     ),
     st.builds(
         Window,
-        model=texts,
-        release=numbers,
+        model=models,
+        release=releases,
         start=times,
         end=times,
-        rows=numbers,
+        rows=rows,
         counts=st.dictionaries(texts, st.binary(max_size=20), max_size=3),
     ),
     st.builds(
@@ -70,8 +73,8 @@ envelopes = st.builds(Envelope, boot=numbers, seq=numbers, at=times, body=bodies
 wishes = st.builds(
     Desired,
     version=numbers,
-    model=maybe_text,
-    release=st.none() | numbers,
+    model=st.none() | models,
+    release=st.none() | releases,
     train=st.booleans(),
 )
 
@@ -137,3 +140,39 @@ def test_deep_nesting_is_refused_and_does_not_overflow() -> None:
     nested = b"\x84\xa4boot\x01\xa3seq\x01\xa1x" + b"\x91" * 100_000 + b"\x00"
     with pytest.raises(BadMessage):
         decode(nested, Envelope)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("at", float("nan")),
+        ("at", float("inf")),
+        ("seq", 2**63),
+        ("boot", -1),
+    ],
+)
+def test_what_no_table_can_hold_is_refused(field, value) -> None:
+    good = {"boot": 1, "seq": 1, "at": 0.0, "body": {"t": "death", "boot": 1}}
+    assert decode(msgspec.msgpack.encode(good), Envelope)
+    with pytest.raises(BadMessage):
+        decode(msgspec.msgpack.encode({**good, field: value}), Envelope)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", "../etc"),
+        ("model", "spar\n"),
+        ("release", 0),
+        ("release", 2**31),
+        ("error", "a\0b"),
+        ("state", "unheard-of"),
+    ],
+)
+def test_a_report_that_no_table_can_hold_is_refused(field, value) -> None:
+    good = {"t": "reported", "desired_version": 1, "model": "spar", "release": 1, "state": "idle"}
+    message = {"boot": 1, "seq": 1, "at": 0.0, "body": good}
+    assert decode(msgspec.msgpack.encode(message), Envelope)
+    good[field] = value
+    with pytest.raises(BadMessage):
+        decode(msgspec.msgpack.encode(message), Envelope)
