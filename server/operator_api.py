@@ -10,23 +10,27 @@ import html
 import logging
 from collections.abc import Collection
 from importlib.metadata import version
-from typing import Annotated, Final
+from typing import Final
 
 from atoll.server import api_fleet, api_models, api_runs
 from atoll.server.answers import error_response
-from atoll.server.api_access import hub_of
+from atoll.server.api_access import Hub, Viewer
 from atoll.server.context import HubContext
 from atoll.server.errors import BadInput, HubError, NotFound, TooLarge
-from fastapi import APIRouter, Depends, FastAPI
+from atoll.server.schema import operators
+from atoll.server.stream import Changes, events
+from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.requests import Request
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import HTMLResponse, Response, StreamingResponse
+from sqlalchemy import select
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 
 PREFIX: Final = "/api/v1"
+_METHODS: Final = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 MAX_BODY: Final = 8 * 1024 * 1024
 
 
@@ -46,8 +50,12 @@ def create_operator_app(hub: HubContext) -> FastAPI:
     router.include_router(api_fleet.router)
     router.include_router(api_runs.router)
     router.include_router(api_models.router)
+    router.add_api_route("/stream", stream, tags=["hub"])
     router.add_api_route("/docs", docs, include_in_schema=False)
     router.add_api_route("/health", health, tags=["hub"])
+    router.add_api_route(  # without it, the dashboard would answer with a page
+        "/{path:path}", nothing, methods=_METHODS, include_in_schema=False
+    )
     app.include_router(router)
     app.add_exception_handler(HubError, _refuse)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -95,7 +103,7 @@ class KnownHost:
         await self._app(scope, receive, send)
 
 
-def health(hub: Annotated[HubContext, Depends(hub_of)]) -> dict[str, str | float]:
+def health(hub: Hub) -> dict[str, str | float]:
     """Say that the hub is up; needs no token and tells nothing else."""
     return {"status": "ok", "version": version("atoll"), "now": hub.clock()}
 
@@ -115,6 +123,30 @@ def docs(request: Request) -> HTMLResponse:
         f"<h1>Atoll API</h1><p>Described for programs in <a href='{PREFIX}/openapi.json'>"
         "openapi.json</a>. Send <code>Authorization: Bearer &lt;token&gt;</code>.</p>"
         f"<table>{''.join(rows)}</table>"
+    )
+
+
+def nothing(path: str) -> None:
+    """Refuse what is not there, in JSON."""
+    raise NotFound(f"there is nothing at {PREFIX}/{path}", f"see {PREFIX}/docs")
+
+
+def stream(request: Request, hub: Hub, who: Viewer) -> StreamingResponse:
+    """Say by server-sent events (``changed``) which subjects have changed, while it is open."""
+    changes: Changes = request.app.state.changes
+
+    def admitted() -> bool:
+        with hub.store.read() as connection:
+            live = select(operators.c.name).where(
+                operators.c.name == who.name, operators.c.revoked_at.is_(None)
+            )
+            return connection.execute(live).first() is not None
+
+    last = request.headers.get("last-event-id")
+    return StreamingResponse(
+        events(changes, changes.subjects, last, admitted),
+        media_type="text/event-stream",
+        headers={"cache-control": "no-store"},
     )
 
 

@@ -99,6 +99,11 @@ class WebServer:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @property
+    def name(self) -> str:
+        """What the server is called."""
+        return self._thread.name
+
+    @property
     def port(self) -> int:
         """The port that was chosen."""
         port: int = self._listener.getsockname()[1]
