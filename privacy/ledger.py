@@ -106,7 +106,9 @@ class Ledger:
         nothing recorded, when it would overspend.
         """
         record = accounting.to_json(event)
-        added = self._store.append_if_absent(self._population, charge_id, record, self._check(event))
+        added = self._store.append_if_absent(
+            self._population, charge_id, record, self._check(event)
+        )
         if not added:
             before = dict(self._store.events(self._population))[charge_id]
             if accounting.from_json(before) != event:

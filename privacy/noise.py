@@ -85,7 +85,8 @@ def _laplace(m: int, c: int, count: int, stream: Keystream) -> Ints:
     size = low + t * _geometric(low.size, stream)
     negative = (stream.words(size.size) & np.uint64(1)).astype(bool)
     keep = ~(negative & (size == 0))
-    return np.where(negative, -size, size)[keep]
+    signed: Ints = np.where(negative, -size, size)
+    return signed[keep]
 
 
 def _accept(size: Ints, m: int, c: int, stream: Keystream) -> Bools:

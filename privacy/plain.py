@@ -5,10 +5,9 @@ of the others. The hub holds the running sum and never a second term.
 """
 
 from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
-from atoll.privacy import frames
+from atoll.privacy import frames, terms
 from atoll.privacy.errors import Refused, SumFailed, TooFewSurvivors
 from atoll.privacy.sums import CONTRIBUTE, Ask, Integers, SumSpec, Total
 
@@ -41,7 +40,9 @@ class PlainHub:
             raise Refused(f"nothing is expected of {party!r}")
         frame = frames.unpack(reply)
         frames.check_address(frame, self._spec.key, CONTRIBUTE, party)
-        self._sum += _term(frame, self._spec)
+        if len(frame.parts) != 1:
+            raise Refused("a plain contribution is one term")
+        self._sum += terms.from_bytes(frame.parts[0], self._spec.length, self._spec.bound)
         self._waiting.remove(party)
         self._survivors.append(party)
 
@@ -77,7 +78,7 @@ class PlainParty:
 
     def __init__(self, party: str) -> None:
         self._party = party
-        self._answered = Answered()
+        self._answered = terms.Answered()
 
     def answer(self, spec: SumSpec, phase: str, payload: bytes, term: Integers | None) -> bytes:
         """Hand over the term; the same bytes again when asked again for the same round."""
@@ -88,65 +89,10 @@ class PlainParty:
         before = self._answered.before(spec, payload)
         if before is not None:
             return before
-        values = check_term(spec, term).astype(_dtype(spec.bound))
+        values = terms.check(term, spec.length, spec.bound)
         reply = frames.pack(
-            frames.address(spec.key, CONTRIBUTE, self._party), [values.tobytes()]
+            frames.address(spec.key, CONTRIBUTE, self._party),
+            [terms.to_bytes(values, spec.bound)],
         )
-        return self._answered.with_(spec, payload, reply)
-
-
-class Answered:
-    """The last contribution of a party, so that no round gets a second, different one.
-
-    Two terms of one round, each with its own noise, would average to less noise than the
-    ledger was charged for. The same question therefore gets the same bytes; another question
-    for that round, or for an older one of its run, gets nothing.
-    """
-
-    def __init__(self) -> None:
-        self._spec: SumSpec | None = None
-        self._payload = b""
-        self._reply = b""
-
-    def before(self, spec: SumSpec, payload: bytes) -> bytes | None:
-        """Return what was answered to this before, or none; raise :class:`Refused`."""
-        last = self._spec
-        if last is None or last.key.run != spec.key.run or spec.key.round > last.key.round:
-            return None
-        if spec == last and payload == self._payload:
-            return self._reply
-        raise Refused(f"round {spec.key.round} of run {spec.key.run} has been answered")
-
-    def with_(self, spec: SumSpec, payload: bytes, reply: bytes) -> bytes:
-        """Remember and return ``reply``."""
-        self._spec, self._payload, self._reply = spec, payload, reply
+        self._answered.remember(spec, payload, reply)
         return reply
-
-
-_DTYPES: Final = tuple(np.dtype(name) for name in ("<i1", "<i2", "<i4", "<i8"))
-
-
-def _dtype(bound: int) -> np.dtype[np.signedinteger]:  # type: ignore[type-arg]
-    """Return the narrowest type that holds ``[-bound, bound]``."""
-    for dtype in _DTYPES:
-        if bound <= np.iinfo(dtype).max:
-            return dtype
-    raise Refused(f"a bound of {bound} does not fit 64 bits")
-
-
-def _term(frame: frames.Frame, spec: SumSpec) -> Integers:
-    dtype = _dtype(spec.bound)
-    if len(frame.parts) != 1 or len(frame.parts[0]) != spec.length * dtype.itemsize:
-        raise Refused("a term of another length")
-    return check_term(spec, np.frombuffer(frame.parts[0], dtype=dtype).astype(np.int64))
-
-
-def check_term(spec: SumSpec, term: Integers | None) -> Integers:
-    """Return ``term``, or raise :class:`Refused` when it is not what ``spec`` says."""
-    if term is None:
-        raise Refused("a contribution needs a term")
-    if term.shape != (spec.length,) or term.dtype != np.int64:
-        raise Refused(f"a term of shape {term.shape}, {term.dtype}; wanted ({spec.length},) int64")
-    if int(term.min()) < -spec.bound or int(term.max()) > spec.bound:
-        raise Refused(f"a term with a value outside ±{spec.bound}")
-    return term

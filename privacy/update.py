@@ -75,7 +75,7 @@ class UpdateSpec:
     @property
     def sensitivity(self) -> int:
         """L2 norm that one device's integers never exceed; also the largest |integer|."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     @property
     def scale(self) -> float:

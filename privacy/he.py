@@ -1,0 +1,285 @@
+"""A sum whose terms only devices could open, and together agree not to.
+
+All devices of a plan share one BFV key, which one of them, the *dealer*, makes. The hub
+relays the key wrapped for each device's certified key and adds what it cannot read.
+
+    deal        one device, once per plan: makes the key, wraps it for everyone in the roster
+    contribute  each party encrypts its packed term, with a secret tag in each block
+    agree       each survivor signs the list of survivors, one list a round
+    decrypt     two survivors open the sum, independently; they must agree on every integer
+
+What keeps the hub from opening a single term: a decryptor opens a ciphertext only if its tags
+are the sum of the tags of the survivors listed (the hub knows no tag, and a wrong sum passes
+with probability 1/t, about 2**-45, per block), if there are at least ``min_survivors`` of
+them, and if more than two thirds of them signed that very list. No device signs two lists for
+one round, so two lists that differ in less than half of their devices cannot both be opened
+and subtracted.
+
+What it does not do: a hub together with one device's keys opens everything, and a hub whose
+authority certifies a device of its own making has one device's keys; and no device is kept
+from sending a false term.
+
+This module holds what both sides share, and the party's side; :mod:`atoll.privacy.he_hub`
+has the hub's.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from atoll.privacy import bfv, frames, terms, wrapping
+from atoll.privacy.errors import BadParameters, Refused
+from atoll.privacy.frames import Frame
+from atoll.privacy.packing import Layout
+from atoll.privacy.sums import CONTRIBUTE, Integers, RoundKey, SumSpec
+from atoll.privacy.wrapping import PartyIdentity, PeerLike
+
+DEAL: Final = "deal"
+AGREE: Final = "agree"
+DECRYPT: Final = "decrypt"
+
+Certificates = Mapping[str, bytes]
+
+
+def quorum(survivors: int) -> int:
+    """Return how many must sign a list of so many: more than two thirds."""
+    return 2 * survivors // 3 + 1
+
+
+def roster_digest(roster: Certificates) -> str:
+    """Return what stands for a roster in signed contexts."""
+    names = sorted(roster)
+    whole = frames.pack({"names": names}, [roster[name] for name in names])
+    return hashlib.sha256(whole).hexdigest()
+
+
+def body_context(run: str, dealer: str, roster: str, plain_bits: int) -> bytes:
+    """Return what the encrypted BFV key is bound to."""
+    return frames.pack(
+        {"what": "key", "run": run, "dealer": dealer, "roster": roster, "plain_bits": plain_bits}
+    )
+
+
+def wrap_context(body: str, recipient: str) -> bytes:
+    """Return what a wrapped content key is bound to; ``body`` is :func:`key_id`."""
+    return frames.pack({"what": "wrap", "key": body, "recipient": recipient})
+
+
+def key_id(context: bytes, body: bytes) -> str:
+    """Return the name of a dealt key: a digest of it, encrypted, with its context."""
+    return hashlib.sha256(frames.pack({}, [context, body])).hexdigest()
+
+
+def agreement(key: RoundKey, dealt: str, survivors: Sequence[str]) -> bytes:
+    """Return what survivors sign."""
+    return frames.pack(
+        {
+            "what": "survivors",
+            "run": key.run,
+            "round": key.round,
+            "key": dealt,
+            "survivors": sorted(survivors),
+        }
+    )
+
+
+def check_survivors(frame: Frame, spec: SumSpec, parties: Mapping[str, PeerLike]) -> list[str]:
+    """Return the survivors a frame names; raise :class:`Refused` for a list not to be opened."""
+    survivors = frame.texts("survivors")
+    if survivors != sorted(set(survivors)) or not set(survivors) <= set(parties):
+        raise Refused("a list of survivors that repeats, is out of order or names strangers")
+    if not max(2, spec.min_survivors) <= len(survivors) <= spec.parties:
+        raise Refused(
+            f"a sum of {len(survivors)} terms, where {spec.min_survivors} to {spec.parties} "
+            "are to be hidden in each other"
+        )
+    return survivors
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A key this device holds."""
+
+    run: str
+    name: str
+    bfv: bfv.Key
+    tags: bytes
+    peers: Mapping[str, PeerLike]
+
+    def tag(self, spec: SumSpec, party: str, block: int) -> int:
+        """Return the secret number that says a party's block is in a sum, in ``[0, t)``."""
+        what = frames.pack(
+            {
+                **frames.address(spec.key, CONTRIBUTE, party),
+                "block": block,
+                "spec": [spec.length, spec.bound, spec.parties, spec.min_survivors],
+            }
+        )
+        # 256 bits modulo t: uniform to 2**-200.
+        return int.from_bytes(hmac.digest(self.tags, what, "sha256")) % self.bfv.modulus
+
+
+class HeParty:
+    """One party's side; keeps the key between the rounds of a plan."""
+
+    def __init__(self, me: PartyIdentity) -> None:
+        self._me = me
+        self._held: _Held | None = None
+        self._answered = terms.Answered()
+        self._agreed: tuple[RoundKey, bytes] | None = None
+        self._opened: tuple[RoundKey, bytes, bytes] | None = None
+
+    def answer(self, spec: SumSpec, phase: str, payload: bytes, term: Integers | None) -> bytes:
+        """Answer one phase; raise :class:`Refused` for what must not be answered."""
+        frame = frames.unpack(payload)
+        frames.check_address(frame, spec.key, phase, self._me.party)
+        try:
+            if phase == DEAL:
+                return self._deal(spec, frame)
+            if phase == CONTRIBUTE:
+                return self._contribute(spec, frame, payload, term)
+            if phase == AGREE:
+                return self._agree(spec, frame)
+            if phase == DECRYPT:
+                return self._decrypt(spec, frame, payload)
+        except BadParameters as error:
+            raise Refused(str(error)) from error
+        raise Refused(f"an encrypted sum has no phase {phase!r}")
+
+    def _deal(self, spec: SumSpec, frame: Frame) -> bytes:
+        roster, peers = self._roster(frame)
+        plain_bits = frame.number("plain_bits")
+        key = bfv.Key(plain_bits)
+        run, me = spec.key.run, self._me
+        content = wrapping.fresh_key()
+        context = body_context(run, me.party, roster_digest(roster), plain_bits)
+        body = wrapping.encrypt(wrapping.derive(content, b"body"), key.secret(), context)
+        name = key_id(context, body)
+        names = sorted(peers)
+        wraps = [
+            wrapping.wrap(content, me, peers[party], wrap_context(name, party)) for party in names
+        ]
+        head = {**frames.address(spec.key, DEAL, me.party), "names": names}
+        return frames.pack(head, [body, *wraps])
+
+    def _roster(self, frame: Frame) -> tuple[dict[str, bytes], dict[str, PeerLike]]:
+        names = frame.texts("roster")
+        if len(set(names)) != len(names) or len(frame.parts) < len(names):
+            raise Refused("a roster that repeats a name or lacks a certificate")
+        roster = dict(zip(names, frame.parts, strict=False))
+        return roster, self._me.peers(roster)
+
+    def _contribute(
+        self, spec: SumSpec, frame: Frame, payload: bytes, term: Integers | None
+    ) -> bytes:
+        before = self._answered.before(spec, payload)
+        if before is not None:
+            return before
+        held = self._take(spec, frame)
+        self._check_room(spec, held)
+        values = terms.check(term, spec.length, spec.bound)
+        layout = Layout.of(spec, held.bfv.plain_bits)
+        tags = [
+            _centred(held.tag(spec, self._me.party, block), held.bfv.modulus)
+            for block in range(layout.blocks)
+        ]
+        blocks = [held.bfv.encrypt(slots) for slots in layout.pack(values, tags)]
+        head = {**frames.address(spec.key, CONTRIBUTE, self._me.party), "key": held.name}
+        reply = frames.pack(head, blocks)
+        self._answered.remember(spec, payload, reply)
+        return reply
+
+    def _take(self, spec: SumSpec, frame: Frame) -> _Held:
+        """Return the key that ``frame`` names, opening it when it comes along."""
+        name = frame.text("key")
+        held = self._held
+        if held is not None and (held.run, held.name) == (spec.key.run, name):
+            return held
+        if not frame.parts:
+            raise Refused("this device no longer has the run's key; the hub sends it next round")
+        roster, peers = self._roster(frame)
+        if len(frame.parts) != len(roster) + 2:
+            raise Refused("a key must come with its wrapping")
+        body, wrapped = frame.parts[-2:]
+        dealer, plain_bits = frame.text("dealer"), frame.number("plain_bits")
+        if dealer not in peers:
+            raise Refused(f"a key dealt by {dealer!r}, who is not in the roster")
+        context = body_context(spec.key.run, dealer, roster_digest(roster), plain_bits)
+        if key_id(context, body) != name:
+            raise Refused("a key that is not the one it is said to be")
+        content = wrapping.unwrap(
+            wrapped, self._me, peers[dealer], wrap_context(name, self._me.party)
+        )
+        secret = wrapping.decrypt(wrapping.derive(content, b"body"), body, context)
+        key = bfv.Key(plain_bits, secret)
+        self._held = _Held(spec.key.run, name, key, wrapping.derive(content, b"tags"), peers)
+        return self._held
+
+    @staticmethod
+    def _check_room(spec: SumSpec, held: _Held) -> None:
+        if spec.parties > bfv.max_terms(held.bfv.plain_bits):
+            raise Refused(f"{spec.parties} terms are more than this key can add exactly")
+        if spec.min_survivors < 2:
+            raise Refused("a sum of one term hides nothing; min_survivors must be 2 or more")
+
+    def _in_round(self, spec: SumSpec, frame: Frame) -> tuple[_Held, list[str]]:
+        """Check that ``frame`` is about the round this device took part in."""
+        held = self._held
+        if held is None or self._answered.spec != spec or frame.text("key") != held.name:
+            raise Refused("this device has no part in that round")
+        survivors = check_survivors(frame, spec, held.peers)
+        if self._me.party not in survivors:
+            raise Refused("this device is not among the survivors listed")
+        return held, survivors
+
+    def _agree(self, spec: SumSpec, frame: Frame) -> bytes:
+        held, survivors = self._in_round(spec, frame)
+        message = agreement(spec.key, held.name, survivors)
+        if self._agreed is not None and self._agreed[0] == spec.key and self._agreed[1] != message:
+            raise Refused("this device has signed another list of survivors for that round")
+        self._agreed = (spec.key, message)
+        signature = wrapping.sign(self._me.key, message)
+        return frames.pack(frames.address(spec.key, AGREE, self._me.party), [signature])
+
+    def _decrypt(self, spec: SumSpec, frame: Frame, payload: bytes) -> bytes:
+        if self._opened is not None and self._opened[0] == spec.key:
+            if self._opened[1] == hashlib.sha256(payload).digest():
+                return self._opened[2]
+            raise Refused("this device opens one sum a round")
+        held, survivors = self._in_round(spec, frame)
+        layout = Layout.of(spec, held.bfv.plain_bits)
+        signers = frame.texts("signers")
+        if len(frame.parts) != len(signers) + layout.blocks:
+            raise Refused("a sum with blocks or signatures missing")
+        self._check_signers(spec, held, survivors, dict(zip(signers, frame.parts, strict=False)))
+        blocks = frame.parts[len(signers) :]
+        values, tags = layout.unpack(np.stack([held.bfv.decrypt(block) for block in blocks]))
+        for block, tag in enumerate(tags):
+            wanted = sum(held.tag(spec, party, block) for party in survivors)
+            if (tag - wanted) % held.bfv.modulus:
+                raise Refused("a sum that is not the sum of the survivors listed")
+        limit = spec.bound * len(survivors)
+        terms.check(values, spec.length, limit)
+        reply = frames.pack(
+            frames.address(spec.key, DECRYPT, self._me.party), [terms.to_bytes(values, limit)]
+        )
+        self._opened = (spec.key, hashlib.sha256(payload).digest(), reply)
+        return reply
+
+    @staticmethod
+    def _check_signers(
+        spec: SumSpec, held: _Held, survivors: Sequence[str], signatures: Mapping[str, bytes]
+    ) -> None:
+        if len(signatures) < quorum(len(survivors)) or not set(signatures) <= set(survivors):
+            raise Refused("too few of the survivors agreed on who they are")
+        message = agreement(spec.key, held.name, survivors)
+        for party, signature in signatures.items():
+            wrapping.verify(held.peers[party].key, signature, message, party)
+
+
+def _centred(value: int, modulus: int) -> int:
+    """Return the representative of ``value`` in ``±(modulus-1)/2``."""
+    return value - modulus if value > modulus // 2 else value

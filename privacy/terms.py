@@ -1,0 +1,69 @@
+"""What every sum does with terms: check them, write them narrowly, and give only one a round."""
+
+from typing import Any, Final
+
+import numpy as np
+from atoll.privacy.errors import BadParameters, Refused
+from atoll.privacy.sums import Integers, SumSpec
+
+_DTYPES: Final = ("<i1", "<i2", "<i4", "<i8")
+
+
+def check(values: Integers | None, length: int, bound: int) -> Integers:
+    """Return ``values``, or raise :class:`Refused` unless int64 ``(length,)`` in ``±bound``."""
+    if values is None:
+        raise Refused("a contribution needs a term")
+    if values.shape != (length,) or values.dtype != np.int64:
+        raise Refused(
+            f"a term of shape {values.shape}, {values.dtype}; wanted ({length},) of int64"
+        )
+    if int(values.min()) < -bound or int(values.max()) > bound:
+        raise Refused(f"a term with a value outside ±{bound}")
+    return values
+
+
+def to_bytes(values: Integers, bound: int) -> bytes:
+    """Write values in ``±bound`` in the narrowest integers that hold them, little-endian."""
+    return values.astype(_dtype(bound)).tobytes()
+
+
+def from_bytes(data: bytes, length: int, bound: int) -> Integers:
+    """Read what :func:`to_bytes` wrote; raise :class:`Refused` for anything else."""
+    dtype = _dtype(bound)
+    if len(data) != length * dtype.itemsize:
+        raise Refused(f"{len(data)} bytes instead of {length} values")
+    return check(np.frombuffer(data, dtype=dtype).astype(np.int64), length, bound)
+
+
+def _dtype(bound: int) -> "np.dtype[Any]":
+    for name in _DTYPES:
+        if bound <= np.iinfo(name).max:
+            return np.dtype(name)
+    raise BadParameters(f"values up to {bound} do not fit 64 bits; lower bits")
+
+
+class Answered:
+    """A party's last contribution, so that no round gets a second, different one.
+
+    Two terms of one round, each with its own noise, would average to less noise than the
+    ledger was charged for. The same question therefore gets the same bytes, and another
+    question for that round, or for an older one of its run, gets none.
+    """
+
+    def __init__(self) -> None:
+        self.spec: SumSpec | None = None
+        self._payload = b""
+        self._reply = b""
+
+    def before(self, spec: SumSpec, payload: bytes) -> bytes | None:
+        """Return what was answered to this before, or none; raise :class:`Refused`."""
+        last = self.spec
+        if last is None or last.key.run != spec.key.run or spec.key.round > last.key.round:
+            return None
+        if spec == last and payload == self._payload:
+            return self._reply
+        raise Refused(f"round {spec.key.round} of run {spec.key.run} has been answered already")
+
+    def remember(self, spec: SumSpec, payload: bytes, reply: bytes) -> None:
+        """Keep ``reply`` as the answer to ``payload``."""
+        self.spec, self._payload, self._reply = spec, payload, reply
