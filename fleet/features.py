@@ -95,7 +95,7 @@ def features(spec: FeatureSpec, x: npt.NDArray[np.float32]) -> Features:
         return Features(rows, spec.names)
     with np.errstate(invalid="ignore", over="ignore"):
         stats = [rows.mean(axis=2) if stat == "mean" else rows.std(axis=2) for stat in spec.stats]
-    return Features(np.stack(stats, axis=2).reshape(len(rows), -1), spec.names)
+    return Features(np.stack(stats, axis=2).reshape(len(rows), len(spec.names)), spec.names)
 
 
 class Ranges(msgspec.Struct, frozen=True):

@@ -215,3 +215,13 @@ def test_keys_that_are_missing_or_swapped_are_refused(tmp_path) -> None:
     (tmp_path / "key.pem").write_text("nothing")
     with pytest.raises(BadIdentity, match="no private key"):
         load_key(tmp_path / "key.pem")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_certificate_with_any_bit_flipped_is_refused(data: st.DataObject) -> None:
+    der = bytearray(read_certificate(CERT).public_bytes(serialization.Encoding.DER))
+    bit = data.draw(st.integers(0, len(der) * 8 - 1))
+    der[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(BadIdentity):
+        peer_of(ssl.DER_cert_to_PEM_cert(bytes(der)).encode(), AUTHORITY.cert_pem, NOW)
