@@ -5,6 +5,7 @@ log). A child reads end-of-file on stdin as "stop", so even after our SIGKILL no
 runs in a session of its own: Ctrl-C reaches us alone, and we end it in order.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -90,13 +91,13 @@ class Process:
             return
 
     def stop(self) -> None:
-        """Ask it to end, without waiting."""
+        """Ask it to end, and insist after a while; returns at once, :class:`Ended` follows."""
         stream = self._process.stdin
-        if stream is not None and not stream.closed:
-            try:
-                stream.close()
-            except OSError:
-                return
+        if stream is None or stream.closed:
+            return
+        with contextlib.suppress(OSError):  # it has just ended, and what we wrote is lost
+            stream.close()
+        threading.Thread(target=self.wait, name=f"end-{self.name}", daemon=True).start()
 
     def wait(self) -> None:
         """Wait for its end, and insist."""

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import atoll.fleet.wire as wire
 import msgspec
-from atoll.edge_agent import core, credentials, health, link, slots
+from atoll.edge_agent import actions, core, credentials, events, health, link, slots
 from atoll.edge_agent.children import Ended, Process, Said
 from atoll.edge_agent.database import Database
 from atoll.edge_agent.errors import AgentError, DiskFull, PortInUse
@@ -38,6 +38,8 @@ DRAIN_SECONDS: Final = 3.0
 NO_CHANGES: Final[Mapping[str, str]] = MappingProxyType({})
 ONE_THREAD: Final = MappingProxyType({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
 """For the training process: torch's threads would starve what serves."""
+
+Happening = events.Input | link.Signal | Said | Ended
 
 log = logging.getLogger("atoll.agent")
 
@@ -103,9 +105,7 @@ class Control:
         self._bound = bound
         self._clock = clock
         self._chance = chance or random.Random()  # noqa: S311  # spreads retries, no secret
-        self._events: queue.SimpleQueue[core.Input | link.Signal | Said | Ended] = (
-            queue.SimpleQueue()
-        )
+        self._events: queue.SimpleQueue[Happening] = queue.SimpleQueue()
         broker = link.Broker(who.hub.mqtt.host, who.hub.mqtt.port, who.context)
         self._link = link.Link(broker, who.hub.device, self._events.put)
         self._linked = False
@@ -113,7 +113,8 @@ class Control:
         self._in_flight: dict[int, int] = {}
         self._children: dict[str, Process] = {}
         self._excuses: dict[str, str] = {}
-        self._timers: list[tuple[float, int, core.Part | None]] = []
+        self._results: dict[str, events.Input] = {}
+        self._timers: list[tuple[float, int, events.Part | None]] = []
         self._timer_number = 0
         self._state = core.State()
         self._https = [0, 0]
@@ -124,14 +125,14 @@ class Control:
 
     def stop(self) -> None:
         """Ask the agent to end; may be called from a signal handler."""
-        self._events.put(core.Stop())
+        self._events.put(events.Stop())
 
     def run(self) -> None:
         """Run until stopped; on return no child is left."""
         installed = slots.installed(self._database)
-        release = core.Release(installed.model, installed.release) if installed else None
+        release = events.Release(installed.model, installed.release) if installed else None
         self._database.put(STATUS_KEY, self._status)
-        self._take(core.Begin(self._database.get("desired", wire.Desired), release))
+        self._take(events.Begin(self._database.get("desired", wire.Desired), release))
         self._after(None, self._settings.health_seconds)
         try:
             while self._running:
@@ -141,14 +142,14 @@ class Control:
         finally:
             self._goodbye()
 
-    def _next(self) -> list[core.Input | link.Signal | Said | Ended]:
+    def _next(self) -> list[Happening]:
         """Wait for an event or a timer, and return all there are."""
         patience = max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
-        events: list[core.Input | link.Signal | Said | Ended] = []
+        found: list[Happening] = []
         try:
-            events.append(self._events.get(timeout=patience))
+            found.append(self._events.get(timeout=patience))
             while True:
-                events.append(self._events.get_nowait())
+                found.append(self._events.get_nowait())
         except queue.Empty:
             pass
         while self._timers and self._timers[0][0] <= time.monotonic():
@@ -157,16 +158,16 @@ class Control:
                 self._report_health()
                 self._after(None, self._settings.health_seconds)
             else:
-                events.append(core.Due(part))
-        return events
+                found.append(events.Due(part))
+        return found
 
-    def _after(self, part: core.Part | None, delay: float) -> None:
+    def _after(self, part: events.Part | None, delay: float) -> None:
         self._timer_number += 1
         heapq.heappush(self._timers, (time.monotonic() + delay, self._timer_number, part))
 
     # Events
 
-    def _handle(self, event: core.Input | link.Signal | Said | Ended) -> None:
+    def _handle(self, event: Happening) -> None:
         match event:
             case link.Up() | link.Down() | link.Received() | link.Acknowledged():
                 if event.generation == self._link.generation:
@@ -191,16 +192,16 @@ class Control:
                 self._will = None  # used up: the broker holds it now
                 self._note(linked=True)
                 log.info("connected to the broker")
-                self._take(core.LinkUp())
+                self._take(events.LinkUp())
             case link.Down(_, reason):
                 self._in_flight.clear()
                 self._linked = False
                 self._note(linked=False, last_error=f"no connection to the broker: {reason}")
                 log.warning("no connection to the broker: %s", reason)
-                self._take(core.LinkDown(reason))
+                self._take(events.LinkDown(reason))
             case link.Received(_, payload):
                 try:
-                    self._take(core.Wanted(wire.decode(payload, wire.Desired)))
+                    self._take(events.Wanted(wire.decode(payload, wire.Desired)))
                 except BadMessage as error:
                     detail = f"desired state: {error}"
                     self._tell(wire.Event(kind="unreadable", severity="warning", detail=detail))
@@ -213,23 +214,24 @@ class Control:
         """Turn a child's message into an event; children are ours, so keys are trusted."""
         self._https[0] += int(message.get("bytes_up", 0))
         self._https[1] += int(message.get("bytes_down", 0))
-        release = core.Release(str(message.get("model")), int(message.get("release") or 0))
+        release = events.Release(str(message.get("model")), int(message.get("release") or 0))
         match message.get("kind"):
             case "up" if name in {"serving", "trainer"}:
-                self._take(core.ChildUp(_part(name)))
+                self._take(events.ChildUp(_part(name)))
             case "accepted":
-                self._take(core.Accepted(release))
+                self._take(events.Accepted(release))
             case "rejected":
-                self._take(core.Rejected(release, str(message["error"])))
+                self._take(events.Rejected(release, str(message["error"])))
             case "fetched":
-                self._take(core.Fetched(release))
+                self._results[name] = events.Fetched(release)
             case "fetch-failed":
-                error = str(message["error"])
-                self._take(core.FetchFailed(release, error, final=bool(message["final"])))
+                error, final = str(message["error"]), bool(message["final"])
+                self._results[name] = events.FetchFailed(release, error, final)
             case "renewed":
-                self._take(core.Renewed(float(message["due_in"]), bool(message["new"])))
+                due_in, new = float(message["due_in"]), bool(message["new"])
+                self._results[name] = events.Renewed(due_in, new)
             case "renew-failed":
-                self._take(core.RenewFailed(str(message["error"])))
+                self._results[name] = events.RenewFailed(str(message["error"]))
             case "latency":
                 self._latency = (message["p50"], message["p95"])
             case "failed":
@@ -241,32 +243,30 @@ class Control:
         lasted = time.monotonic() - self._children.pop(name).started
         if excuse := self._excuses.pop(name, ""):
             how = f"{how}: {excuse}"
-        match name:
-            case "serving" | "trainer":
-                self._take(core.ChildDown(_part(name), how, lasted))
-            case "fetch":
-                attempt = self._state.attempt
-                if attempt is not None and attempt.phase == "fetching":
-                    error = f"the download process {how}"
-                    self._take(core.FetchFailed(attempt.release, error, final=False))
-            case "renew":
-                if how != "ended":
-                    self._take(core.RenewFailed(f"the renewal process {how}"))
-            case _:
-                pass
+        result = self._results.pop(name, None)
+        attempt = self._state.attempt
+        if name in {"serving", "trainer"}:
+            self._take(events.ChildDown(_part(name), how, lasted))
+        elif result is not None:
+            self._take(result)
+        elif name == "renew":
+            self._take(events.RenewFailed(f"the renewal process {how}"))
+        elif attempt is not None:
+            error = f"the download process {how}"
+            self._take(events.FetchFailed(attempt.release, error, final=False))
 
     # Actions
 
-    def _take(self, event: core.Input) -> None:
-        self._state, actions = core.step(self._state, event)
-        for action in actions:
+    def _take(self, event: events.Input) -> None:
+        self._state, todo = core.step(self._state, event)
+        for action in todo:
             self._do(action)
 
-    def _do(self, action: core.Action) -> None:  # noqa: C901  # one arm per kind of action
+    def _do(self, action: actions.Action) -> None:  # noqa: C901  # one arm per kind of action
         match action:
-            case core.Connect():
+            case actions.Connect():
                 self._connect()
-            case core.Announce():
+            case actions.Announce():
                 self._enqueue(
                     wire.Birth(
                         boot=self._status.boot,
@@ -275,17 +275,17 @@ class Control:
                         labels=self._who.hub.labels,
                     )
                 )
-            case core.Report(reported):
+            case actions.Report(reported):
                 if reported != self._status.reported:
                     log.info("%s", _sentence(reported, self._url))
                     error = reported.error or self._status.last_error
                     self._note(reported=reported, last_error=error)
                 self._enqueue(reported)
-            case core.Tell(event):
+            case actions.Tell(event):
                 self._tell(event)
-            case core.Remember(desired):
+            case actions.Remember(desired):
                 self._database.put("desired", desired)
-            case core.Fetch(release):
+            case actions.Fetch(release):
                 serving = slots.installed(self._database)
                 slot = slots.spare(self._paths.models, release.model, serving)
                 current = slots.last(self._database, release.model)
@@ -298,11 +298,11 @@ class Control:
                         *(() if current is None else ("--current", str(current))),
                     ],
                 )
-            case core.Load(release):
+            case actions.Load(release):
                 self._load(release)
-            case core.Install(release):
+            case actions.Install(release):
                 slots.install(self._database, self._paths.models, release)
-            case core.Start("serving"):
+            case actions.Start("serving"):
                 self._start(
                     "serving",
                     "atoll.edge_agent.serving",
@@ -313,19 +313,20 @@ class Control:
                     ],
                     [self._bound.fileno()],
                 )
-            case core.Start("trainer"):
+            case actions.Start("trainer"):
                 task = () if self._settings.task is None else ("--task", self._settings.task)
                 arguments = ["--data", str(self._paths.data), *task]
                 self._start(
                     "trainer", "atoll.edge_agent.trainer", arguments, environment=ONE_THREAD
                 )
-            case core.Finish(part):
-                self._finish([part])
-            case core.Renew():
+            case actions.Finish(part):
+                if part in self._children:
+                    self._children[part].stop()
+            case actions.Renew():
                 self._start("renew", "atoll.edge_agent.renew", ["--data", str(self._paths.data)])
-            case core.After(part, delay):
+            case actions.After(part, delay):
                 self._after(part, delay * self._chance.uniform(0.75, 1.25))
-            case core.Quit():
+            case actions.Quit():
                 self._running = False
             case _:
                 pass
@@ -340,11 +341,11 @@ class Control:
         except AgentError as error:
             self._events.put(link.Down(self._link.generation, str(error)))
 
-    def _load(self, release: core.Release) -> None:
+    def _load(self, release: events.Release) -> None:
         slot = slots.holding(self._paths.models, release)
         if slot is None:
             error = "its files are gone from the disk"
-            self._events.put(core.Rejected(release, error))
+            self._events.put(events.Rejected(release, error))
         elif "serving" in self._children:
             self._children["serving"].say(
                 {
@@ -369,12 +370,12 @@ class Control:
             name, module, arguments, self._events.put, tuple(pass_fds), environment
         )
 
-    def _finish(self, names: Iterable[str]) -> None:
-        ending = [self._children.pop(name) for name in list(names) if name in self._children]
-        for child in ending:
+    def _finish_all(self) -> None:
+        for child in self._children.values():
             child.stop()
-        for child in ending:
+        for child in self._children.values():
             child.wait()
+        self._children.clear()
 
     # Messages
 
@@ -428,7 +429,7 @@ class Control:
 
     def _goodbye(self) -> None:
         """End the children, send what they left for us, announce our death."""
-        self._finish(list(self._children))
+        self._finish_all()
         deadline = time.monotonic() + DRAIN_SECONDS
         while self._linked and time.monotonic() < deadline:
             self._pump()
@@ -445,7 +446,7 @@ class Control:
         self._bound.close()
 
 
-def _part(name: str) -> core.ChildPart:
+def _part(name: str) -> events.ChildPart:
     return "serving" if name == "serving" else "trainer"
 
 

@@ -10,245 +10,47 @@ leaves it as it is.
 """
 
 from dataclasses import dataclass, replace
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
+from atoll.edge_agent.actions import (
+    Action,
+    After,
+    Announce,
+    Connect,
+    Fetch,
+    Finish,
+    Install,
+    Load,
+    Quit,
+    Remember,
+    Renew,
+    Report,
+    Start,
+    Tell,
+)
+from atoll.edge_agent.events import (
+    Accepted,
+    Begin,
+    ChildDown,
+    ChildPart,
+    ChildUp,
+    Due,
+    Fetched,
+    FetchFailed,
+    Input,
+    LinkDown,
+    LinkUp,
+    Part,
+    Rejected,
+    Release,
+    Renewed,
+    RenewFailed,
+    Stop,
+    Wanted,
+)
 from atoll.fleet.wire import Desired, Event, Reported
 
-Part = Literal["link", "fetch", "serving", "trainer", "renew"]
-ChildPart = Literal["serving", "trainer"]
-Condition = Literal["down", "waiting", "starting", "up"]
-
-
-class Release(NamedTuple):
-    """A release of a model."""
-
-    model: str
-    number: int
-
-
-# Events
-
-
-@dataclass(frozen=True, slots=True)
-class Begin:
-    """The process starts; what it knew before."""
-
-    desired: Desired | None
-    installed: Release | None
-
-
-@dataclass(frozen=True, slots=True)
-class LinkUp:
-    """Connected to the broker and subscribed."""
-
-
-@dataclass(frozen=True, slots=True)
-class LinkDown:
-    """The connection failed or ended."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """The hub's desired state arrived."""
-
-    desired: Desired
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """A release lies verified on the disk."""
-
-    release: Release
-
-
-@dataclass(frozen=True, slots=True)
-class FetchFailed:
-    """It could not be fetched; when ``final``, trying again would not help."""
-
-    release: Release
-    error: str
-    final: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """The serving process loaded, warmed and checked a release, and serves it."""
-
-    release: Release
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """The serving process refused a release and serves what it did before."""
-
-    release: Release
-    error: str
-
-
-@dataclass(frozen=True, slots=True)
-class ChildUp:
-    """A child process takes commands."""
-
-    part: ChildPart
-
-
-@dataclass(frozen=True, slots=True)
-class ChildDown:
-    """A child process ended after ``lasted`` seconds; ``how`` says in words."""
-
-    part: ChildPart
-    how: str
-    lasted: float
-
-
-@dataclass(frozen=True, slots=True)
-class Due:
-    """An :class:`After` has run out."""
-
-    part: Part
-
-
-@dataclass(frozen=True, slots=True)
-class Renewed:
-    """The certificate is good for another ``due_in`` seconds; ``new`` if it just changed."""
-
-    due_in: float
-    new: bool
-
-
-@dataclass(frozen=True, slots=True)
-class RenewFailed:
-    """There is not."""
-
-    error: str
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """A person or the system asks to end."""
-
-
-Input = (
-    Begin
-    | LinkUp
-    | LinkDown
-    | Wanted
-    | Fetched
-    | FetchFailed
-    | Accepted
-    | Rejected
-    | ChildUp
-    | ChildDown
-    | Due
-    | Renewed
-    | RenewFailed
-    | Stop
-)
-
-# Actions
-
-
-@dataclass(frozen=True, slots=True)
-class Connect:
-    """Open a connection to the broker, closing the one there is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Announce:
-    """Enqueue the birth message."""
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """Enqueue what runs here."""
-
-    reported: Reported
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """Enqueue an event."""
-
-    event: Event
-
-
-@dataclass(frozen=True, slots=True)
-class Remember:
-    """Store the desired state."""
-
-    desired: Desired
-
-
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """Download and verify a release."""
-
-    release: Release
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Have the serving process check a release and, if it is good, serve it."""
-
-    release: Release
-
-
-@dataclass(frozen=True, slots=True)
-class Install:
-    """Record which release serves; none when nothing is wanted or the slot is damaged."""
-
-    release: Release | None
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Start a child process."""
-
-    part: ChildPart
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """End a child process."""
-
-    part: ChildPart
-
-
-@dataclass(frozen=True, slots=True)
-class Renew:
-    """Ask the hub for a new certificate if two thirds of this one's life are over."""
-
-
-@dataclass(frozen=True, slots=True)
-class After:
-    """Send a :class:`Due` in about ``delay`` seconds."""
-
-    part: Part
-    delay: float
-
-
-@dataclass(frozen=True, slots=True)
-class Quit:
-    """End the children, say goodbye and exit."""
-
-
-Action = (
-    Connect
-    | Announce
-    | Report
-    | Tell
-    | Remember
-    | Fetch
-    | Load
-    | Install
-    | Start
-    | Finish
-    | Renew
-    | After
-    | Quit
-)
+Condition = Literal["down", "waiting", "starting", "up", "ending"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,6 +229,10 @@ def _child(state: State, event: ChildUp | ChildDown) -> Step:
     if isinstance(event, ChildUp):
         return _child_up(state, event.part)
     before = state.trainer if event.part == "trainer" else state.serving
+    if before.condition == "ending":  # as we asked; _staff starts it again if need be
+        if event.part == "trainer":
+            return replace(state, trainer=Child()), []
+        return replace(state, serving=Child()), []
     if before.condition not in {"starting", "up"}:
         return state, []
     failures = 1 if event.lasted >= STEADY_SECONDS else before.failures + 1
@@ -512,14 +318,14 @@ def _staff(state: State) -> Step:
         state = replace(state, serving=Child("starting", state.serving.failures))
         actions.append(Start("serving"))
     elif not needed and state.serving.condition in {"starting", "up"}:
-        state = replace(state, serving=Child())
+        state = replace(state, serving=Child("ending"), live=False)
         actions.append(Finish("serving"))
     if _training(state):
         if state.trainer.condition == "down":
             state = replace(state, trainer=Child("starting", state.trainer.failures))
             actions.append(Start("trainer"))
     elif state.trainer.condition in {"starting", "up"}:
-        state = replace(state, trainer=Child())
+        state = replace(state, trainer=Child("ending"))
         actions.append(Finish("trainer"))
     return state, actions
 

@@ -10,6 +10,7 @@ import contextlib
 import shutil
 import ssl
 import tempfile
+import warnings
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +31,7 @@ from atoll.fleet.files import PUBLIC, sync_directory, write_atomic
 from atoll.fleet.identity import Identity, fingerprint, peer_of, public_pem
 from atoll.fleet.token import EnrolmentToken
 from atoll.fleet.topics import check_device_id
+from urllib3.exceptions import InsecureRequestWarning
 
 
 class _Enrolment(msgspec.Struct):
@@ -132,7 +134,9 @@ def _authority(token: EnrolmentToken) -> str:
     nobody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     nobody.check_hostname = False
     nobody.verify_mode = ssl.CERT_NONE  # what comes is compared with the token's fingerprint
-    ca = Hub(token.url, nobody).call("GET", "/v1/ca")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InsecureRequestWarning)
+        ca = Hub(token.url, nobody).call("GET", "/v1/ca")
     try:
         same = fingerprint(ca) == token.ca_sha256
     except BadIdentity as error:

@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 from atoll.edge_agent import runtime
-from atoll.edge_agent.core import Release
+from atoll.edge_agent.events import Release
 from atoll.edge_agent.runtime import Port, Runtime
 from atoll.edge_agent.watching import load_profile
 from atoll.fleet import bundle

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -35,8 +34,12 @@ class Parent:
         """Call ``on_command`` for each command and ``on_end`` at the end, in a thread."""
 
         def read() -> None:
-            for line in sys.stdin.buffer:
-                on_command(json.loads(line))
+            rest = b""
+            # Not sys.stdin: its lock would be held by this thread when the process ends.
+            while data := os.read(0, 65536):
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    on_command(json.loads(line))
             on_end()
 
         threading.Thread(target=read, name="parent", daemon=True).start()

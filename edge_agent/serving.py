@@ -20,9 +20,9 @@ from typing import Any, Final
 
 import msgspec
 import uvicorn
-from atoll.edge_agent.core import Release
 from atoll.edge_agent.database import Database
 from atoll.edge_agent.errors import AgentError, BadModel
+from atoll.edge_agent.events import Release
 from atoll.edge_agent.loading import Ready, prepare
 from atoll.edge_agent.outbox import Outbox
 from atoll.edge_agent.parent import Parent
@@ -265,6 +265,7 @@ class _Program:
             timeout_graceful_shutdown=3,
         )
         self._server = uvicorn.Server(config)
+        bound.listen(config.backlog)  # from here on a client waits rather than being refused
         self._parent.tell({"kind": "up"})
         ticks = asyncio.create_task(self._ticks())
         try:

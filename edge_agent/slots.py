@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-from atoll.edge_agent.core import Release
 from atoll.edge_agent.database import Database
+from atoll.edge_agent.events import Release
 from atoll.edge_agent.paths import sync_tree, translate
 from atoll.fleet.files import PUBLIC, sync_directory, write_atomic
 

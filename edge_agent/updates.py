@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
 from atoll.edge_agent import credentials, slots
-from atoll.edge_agent.core import Release
 from atoll.edge_agent.errors import AgentError, DiskFull, HubError, UpdateRefused
+from atoll.edge_agent.events import Release
 from atoll.edge_agent.hub import Hub, refusal, translate
 from atoll.edge_agent.parent import Parent
 from atoll.edge_agent.paths import Paths, make
