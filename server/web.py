@@ -6,6 +6,7 @@ htmx replaces what has changed when the stream says so (:mod:`atoll.server.strea
 is fetched from elsewhere and nothing is inline, which the Content-Security-Policy enforces.
 """
 
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+
+log = logging.getLogger(__name__)
 
 
 def mount(app: FastAPI, hub: HubContext, rules: Rules | None = None) -> Changes:
@@ -80,7 +83,11 @@ class _Web:
                 Route("/events", self._events),
                 Mount("/static", _Static(directory=STATIC)),
             ],
-            exception_handlers={HubError: self._problem, HTTPException: self._http_problem},
+            exception_handlers={
+                HubError: self._problem,
+                HTTPException: self._http_problem,
+                Exception: self._broken,
+            },
         )
 
     def _show(self, page: Page) -> Callable[[Request], Response]:
@@ -217,6 +224,16 @@ class _Web:
             "remedy": problem.remedy,
         }
         return self._render("error.html", values, status=problem.status)
+
+    def _broken(self, request: Request, error: Exception) -> Response:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        values = {
+            "title": "Problem",
+            "heading": "The hub failed to show this",
+            "message": "this is a fault of the hub, not of yours",
+            "remedy": "look into the hub's log for the reason, and try again",
+        }
+        return self._render("error.html", values, status=500)
 
     def _http_problem(self, request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500

@@ -23,14 +23,11 @@ def fleet_rows(connection: Connection, now: float, silent_after: float) -> list[
     A device unheard of for ``silent_after`` seconds counts as offline whatever it last said.
     """
     d, t, h, f = schema.devices.c, schema.twins.c, schema.health.c, schema.drift.c
-    open_alerts = Counter[str](
-        dict(
-            connection.execute(
-                select(schema.alerts.c.device, func.count())
-                .where(schema.alerts.c.closed_at.is_(None), schema.alerts.c.device.is_not(None))
-                .group_by(schema.alerts.c.device)
-            ).tuples()
-        )
+    about = schema.alerts.c.device
+    open_alerts = Counter(
+        connection.execute(
+            select(about).where(schema.alerts.c.closed_at.is_(None), about.is_not(None))
+        ).scalars()
     )
     drift = {
         (row.device, row.model, row.release): row

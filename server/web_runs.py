@@ -29,11 +29,13 @@ def run_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run with what its plan and metrics say spelt out."""
     metrics: Mapping[str, Any] = row["metrics"] or {}
     plan = _plan(row["plan"])
+    accuracy = accuracy_table(metrics)
     return dict(row) | {
         "parsed": plan,
         "rounds": plan.rounds if plan else 0,
         "gates": _gates(metrics.get("gates")),
-        "accuracy": accuracy_table(metrics),
+        "accuracy": accuracy,
+        "best": {split: by.get("int8", by.get("float")) for split, by in accuracy.items()},
         "epsilon": metrics.get("epsilon"),
         "delta": metrics.get("delta"),
         "seconds": row["ended_at"] - row["started_at"]
@@ -137,4 +139,13 @@ def _plan(text: str) -> Plan | None:
 def _gates(found: object) -> list[dict[str, Any]]:
     if not isinstance(found, Sequence) or isinstance(found, str):
         return []
-    return [dict(gate) for gate in found if isinstance(gate, Mapping)]
+    return [
+        {
+            "name": gate.get("name", ""),
+            "rule": gate.get("rule", ""),
+            "passed": gate.get("passed") is True,
+            "detail": gate.get("detail", ""),
+        }
+        for gate in found
+        if isinstance(gate, Mapping)
+    ]
