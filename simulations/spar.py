@@ -79,9 +79,10 @@ def block(samples: int, split: Split) -> tuple[int, int]:
     return (0, cut) if split == "train" else (cut + GAP, samples)
 
 
-def _windows(signal: npt.NDArray[np.float32], split: Split) -> Iterator[npt.NDArray[np.float32]]:
+def _windows(
+    signal: npt.NDArray[np.float32], split: Split, step: int
+) -> Iterator[npt.NDArray[np.float32]]:
     begin, end = block(len(signal), split)
-    step = TRAIN_STEP if split == "train" else TEST_STEP
     for start in range(begin, end - WINDOW + 1, step):
         yield signal[start : start + WINDOW].T
 
@@ -114,6 +115,13 @@ class Spar:
         A recording's first 70 % is for training and its end for testing, a second apart, so
         no test window shares a sample with a training window.
         """
+        return self._cut(data, split, TRAIN_STEP if split == "train" else TEST_STEP)
+
+    def held_back(self, data: Path, step: int) -> Examples:
+        """Cut the test windows at another ``step`` (samples), as a wearer's live traffic."""
+        return self._cut(data, "test", step)
+
+    def _cut(self, data: Path, split: Split, step: int) -> Examples:
         path = data / FILE
         try:
             with np.load(path, allow_pickle=False) as held:
@@ -125,7 +133,7 @@ class Spar:
         x: list[npt.NDArray[np.float32]] = []
         y: list[int] = []
         for i, exercise in enumerate(label):
-            cut = list(_windows(signal[starts[i] : starts[i + 1]], split))
+            cut = list(_windows(signal[starts[i] : starts[i + 1]], split, step))
             x += cut
             y += [int(exercise)] * len(cut)
         if not x:

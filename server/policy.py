@@ -1,0 +1,82 @@
+"""Whether a candidate may go on to be signed: named rules over typed facts, in CEL.
+
+The rules are in the Common Expression Language (https://cel.dev), so a person who is to answer for
+a release can read and change them. They fail closed: a rule passes only when it evaluates to
+``true``; a missing fact, a type error, NaN or a rule that does not parse is a failure that
+says so. All numbers among the facts are doubles, so rules write ``1.0``.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import cel
+
+
+class Rule(NamedTuple):
+    """A rule by name; ``expression`` is CEL and must come out as ``true``."""
+
+    name: str
+    expression: str
+
+
+class Verdict(NamedTuple):
+    """What a rule said; ``detail`` names the facts, or why it could not be evaluated."""
+
+    name: str
+    passed: bool
+    rule: str
+    detail: str
+
+    def plain(self) -> dict[str, str | bool]:
+        """Return the verdict as JSON-able data."""
+        return dict(self._asdict())
+
+
+RULES: Final[Sequence[Rule]] = (
+    Rule("rounds trained", "rounds.trained >= 1.0"),
+    Rule("devices evaluated", "devices.evaluated >= devices.asked / 2.0"),
+    Rule("better than chance", "accuracy.known.int8 >= 2.0 / model.classes"),
+    Rule(
+        "int8 within one point, known people",
+        "accuracy.known.float - accuracy.known.int8 < 0.01"
+        " && accuracy.known.int8 - accuracy.known.float < 0.01",
+    ),
+    Rule(
+        "int8 within one point, unseen people",
+        "!has(accuracy.unseen) || (accuracy.unseen.float - accuracy.unseen.int8 < 0.01"
+        " && accuracy.unseen.int8 - accuracy.unseen.float < 0.01)",
+    ),
+    Rule("export keeps the answers", "model.export_changed <= 0.002"),
+    Rule("golden check holds", "golden.worst <= golden.tolerance"),
+    Rule("golden check can fail", "golden.tolerance <= 0.25 * golden.spread"),
+    Rule("privacy budget", "!has(privacy.budget) || privacy.epsilon <= privacy.budget"),
+)
+
+
+def judge(facts: Mapping[str, Any], rules: Iterable[Rule] = RULES) -> list[Verdict]:
+    """Evaluate every rule over ``facts``, nested mappings of numbers, strings and booleans."""
+    context = {name: _doubles(value) for name, value in facts.items()}
+    return [_verdict(rule, context) for rule in rules]
+
+
+def passed(verdicts: Sequence[Verdict]) -> bool:
+    """Tell whether every rule passed and there was one."""
+    return bool(verdicts) and all(verdict.passed for verdict in verdicts)
+
+
+def _verdict(rule: Rule, context: dict[str, Any]) -> Verdict:
+    try:
+        program = cel.compile(rule.expression)
+        found = program.execute(context)
+        names = program.variables()
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        why = f"cannot be evaluated: {error}"
+        return Verdict(rule.name, passed=False, rule=rule.expression, detail=why)
+    said = ", ".join(f"{name} = {context.get(name)}" for name in names)
+    return Verdict(rule.name, passed=found is True, rule=rule.expression, detail=said)
+
+
+def _doubles(value: Any) -> Any:  # noqa: ANN401 -- JSON in, JSON out
+    if isinstance(value, Mapping):
+        return {name: _doubles(inner) for name, inner in value.items()}
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
