@@ -2,16 +2,31 @@
 
 from typing import Annotated, Any, Final
 
-from atoll.server import audit
+from atoll.server import audit, rollouts
 from atoll.server.api_access import Hub, Operating, Viewer
 from atoll.server.errors import Conflict, NotFound
-from atoll.server.schema import alerts, devices, drift, releases, rollouts
+from atoll.server.schema import alerts, devices, drift, releases
+from atoll.server.schema import rollouts as rollouts_table
 from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
 from sqlalchemy import select, update
 
 router: Final = APIRouter()
 
 Limit = Annotated[int, Query(ge=1, le=1000)]
+
+
+class RollOutRequest(BaseModel, extra="forbid"):
+    """What to roll out; without a release the newest, without canaries one device."""
+
+    release: Annotated[int, Field(ge=1)] | None = None
+    canaries: list[str] | None = None
+
+
+class RollBackRequest(BaseModel, extra="forbid"):
+    """Why a rollout is undone."""
+
+    reason: Annotated[str, Field(max_length=500)] = ""
 
 
 @router.get("/models", tags=["models"])
@@ -23,7 +38,7 @@ def list_models(hub: Hub, _who: Viewer) -> list[dict[str, Any]]:
         released = connection.execute(
             select(*columns).order_by(releases.c.model, releases.c.release.desc())
         )
-        rolled = connection.execute(select(rollouts).order_by(rollouts.c.id.desc()))
+        rolled = connection.execute(select(rollouts_table).order_by(rollouts_table.c.id.desc()))
         models: dict[str, dict[str, Any]] = {}
         for row in released.mappings():
             model = models.setdefault(
@@ -33,6 +48,36 @@ def list_models(hub: Hub, _who: Viewer) -> list[dict[str, Any]]:
         for row in rolled.mappings():
             models[row["model"]]["rollouts"].append(dict(row))
     return list(models.values())
+
+
+@router.post("/models/{model}/roll-out", tags=["models"], status_code=201)
+def roll_out(model: str, body: RollOutRequest, hub: Hub, who: Operating) -> dict[str, Any]:
+    """Roll a release out: to the canaries first, and to the rest once they serve it."""
+    with hub.store.begin() as connection:
+        rollout = rollouts.start(
+            connection,
+            model,
+            release=body.release,
+            canaries=body.canaries,
+            actor=who.name,
+            now=hub.clock(),
+        )
+    hub.bus.publish("models", "devices", "audit")
+    return {"id": rollout, "model": model}
+
+
+@router.post("/models/{model}/roll-back", tags=["models"])
+def roll_back(
+    model: str, hub: Hub, who: Operating, body: RollBackRequest | None = None
+) -> dict[str, Any]:
+    """Return the devices of the newest rollout to the release that it may fall back to."""
+    reason = body.reason if body and body.reason else f"rolled back by {who.name}"
+    with hub.store.begin() as connection:
+        rollout = rollouts.roll_back(
+            connection, model, actor=who.name, now=hub.clock(), reason=reason
+        )
+    hub.bus.publish("models", "devices", "audit")
+    return {"id": rollout, "model": model}
 
 
 @router.get("/drift", tags=["watching"])

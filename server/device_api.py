@@ -114,6 +114,7 @@ class _DeviceApi:
         address = request.client.host if request.client else ""
         self._attempts.check(address)
         body = await _json(request, EnrolRequest)
+        root = await run_in_threadpool(newest_root, self._hub.tuf)  # before the token is spent
         try:
             enrolled = await run_in_threadpool(self._enrol, body)
         except enrolment.BadToken:
@@ -129,7 +130,7 @@ class _DeviceApi:
                     "host": self._hub.addresses.mqtt_host,
                     "port": self._hub.addresses.mqtt_port,
                 },
-                "root": await run_in_threadpool(newest_root, self._hub.tuf),
+                "root": root,
                 "labels": dict(enrolled.labels),
             }
         )

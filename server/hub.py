@@ -28,7 +28,7 @@ from atoll.federation.errors import LinkError
 from atoll.fleet.authority import Authority
 from atoll.fleet.errors import BadIdentity
 from atoll.fleet.files import write_atomic
-from atoll.server import audit, auth, desired, runs, sessions, web
+from atoll.server import audit, auth, desired, rollouts, runs, sessions, watch, web
 from atoll.server.broker import Broker
 from atoll.server.brokers import open_broker
 from atoll.server.context import Addresses, HubContext
@@ -257,6 +257,15 @@ class Hub:
             if runner.tick():
                 hub.bus.publish("runs", "devices")
 
+        def roll() -> None:
+            if rollouts.tick(hub.store, hub.clock()):
+                hub.bus.publish("models", "devices", "audit")
+
+        def look() -> None:
+            seen = watch.tick(hub.store, hub.clock())
+            if seen.assessed:
+                hub.bus.publish("drift", "alerts", "runs")
+
         def silent() -> None:
             if mark_silent(hub.store, hub.clock, hub.settings.offline_seconds):
                 hub.bus.publish("devices")
@@ -264,6 +273,8 @@ class Hub:
         return [
             Duty("publishing desired states", publish_desired),
             Duty("runs", run, every=1.0),
+            Duty("rollouts", roll),
+            Duty("watching", look, every=1.0),
             Duty("telling broker and SuperLink of the fleet", hub.membership.follow, every=5.0),
             Duty("counting traffic", lambda: traffic.flush(hub.store), every=2.0),
             Duty("noticing silent devices", silent, every=5.0),
