@@ -20,7 +20,7 @@ def survival(x: float, degrees: int) -> float:
     if x == inf:
         return 0.0
     a, half = degrees / 2, x / 2
-    front = a * log(half) - half - lgamma(a)
+    front = a * (log(x) - log(2)) - half - lgamma(a)
     return 1 - _series(a, half) * exp(front) if half < a + 1 else _fraction(a, half) * exp(front)
 
 

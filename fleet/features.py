@@ -9,7 +9,7 @@ the :class:`Ranges` of its features; then counts on a fine even grid over the me
 """
 
 from collections.abc import Mapping
-from math import floor, frexp, isfinite
+from math import floor, frexp, isfinite, ldexp
 from typing import Final, Literal, NamedTuple
 
 import msgspec
@@ -181,6 +181,6 @@ def _widen(low: float, high: float) -> tuple[float, float]:
     width = high - low
     if not isfinite(width) or width <= 0:
         return low, high
-    step = 2.0 ** (frexp(width)[1] - 4)
+    step = ldexp(1.0, max(frexp(width)[1] - 4, -1074))
     wide = floor(low / step) * step, -floor(-high / step) * step
     return wide if all(map(isfinite, wide)) and wide[0] <= low and wide[1] >= high else (low, high)
