@@ -101,11 +101,20 @@ def profile_counts(source: Source, data: bytes) -> bytes:
 def _run(
     model: bytes, x: npt.NDArray[np.float32]
 ) -> Iterator[tuple[npt.NDArray[np.floating], dict[str, npt.NDArray[np.floating]]]]:
-    """Run a one-input model in batches; yield its first output and all floating ones."""
+    """Run a one-input model in batches; yield its first output and all floating ones.
+
+    Without rows there is one empty batch, made of a row of zeros that is cut off again: not
+    every operator takes an empty one.
+    """
     engine = Onnx(model)
     if len(engine.inputs) != 1 or not engine.outputs:
         raise BadModel("the model must have one input and an output")
-    for start in range(0, len(x), BATCH):
-        values = engine.run({engine.inputs[0].name: x[start : start + BATCH]})
+    name = engine.inputs[0].name
+    for start in range(0, max(len(x), 1), BATCH):
+        if len(x):
+            values = engine.run({name: x[start : start + BATCH]})
+        else:
+            values = engine.run({name: np.zeros((1, *x.shape[1:]), np.float32)})
+            values = {tensor: value[:0] for tensor, value in values.items()}
         floating = {name: value for name, value in values.items() if value.dtype.kind == "f"}
         yield values[engine.outputs[0].name], floating

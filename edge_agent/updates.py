@@ -31,6 +31,7 @@ from tuf.api.exceptions import (
     DownloadHTTPError,
     DownloadLengthMismatchError,
     ExpiredMetadataError,
+    LengthOrHashMismatchError,
     RepositoryError,
 )
 from tuf.api.metadata import (  # type: ignore[attr-defined]  # public, without ``__all__``
@@ -63,6 +64,8 @@ class Fetcher(FetcherInterface):
         self._partial = partial
         self.failure: AgentError | None = None
         """Why the last download failed, in our words."""
+        self.resumed = False
+        """Whether the last download continued an earlier one."""
 
     def _fetch(self, url: str) -> Iterator[bytes]:
         return self._stream(url, 0)[1]
@@ -102,29 +105,39 @@ class Fetcher(FetcherInterface):
     def download_file(self, url: str, max_length: int) -> Iterator[IO[bytes]]:
         """Give a file with the content of ``url``; see :class:`FetcherInterface`.
 
-        What was received stays on the disk when the connection fails, and is gone once the
-        caller has accepted or refused the whole.
+        What was received of a target stays on the disk when the connection fails, and is gone
+        once the caller has accepted or refused the whole. Metadata changes under one name, so
+        it is always fetched anew.
         """
         path = self._partial / hashlib.sha256(url.encode()).hexdigest()
         with path.open("a+b") as file:
-            start = file.seek(0, os.SEEK_END)
-            if start >= max_length:
-                start = 0
-            begins, chunks = self._stream(url, start)
-            file.truncate(begins)
-            received = begins
-            for chunk in chunks:
-                received += len(chunk)
-                if received > max_length:
-                    path.unlink()
-                    raise DownloadLengthMismatchError(f"{url} is longer than {max_length} bytes")
-                file.write(chunk)
-            file.flush()
+            start = file.seek(0, os.SEEK_END) if "/targets/" in url else 0
+            start = start if start < max_length else 0
             try:
+                begins, chunks = self._stream(url, start)
+                self.resumed = begins > 0
+                file.truncate(begins)
+                for chunk in _at_most(max_length - begins, chunks):
+                    file.write(chunk)
+                file.flush()
                 file.seek(0)
                 yield file
-            finally:
+            except DownloadError as error:
+                if isinstance(error, DownloadLengthMismatchError) or not file.tell():
+                    path.unlink(missing_ok=True)
+                raise
+            except BaseException:
                 path.unlink(missing_ok=True)
+                raise
+            path.unlink(missing_ok=True)
+
+
+def _at_most(length: int, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    for chunk in chunks:
+        length -= len(chunk)
+        if length < 0:
+            raise DownloadLengthMismatchError("more bytes came than the signed metadata says")
+        yield chunk
 
 
 def _begins_at(response: Any, start: int) -> bool:  # noqa: ANN401  # urllib3's base type is private
@@ -137,8 +150,10 @@ def fetch(paths: Paths, wish: Wish, hub: Hub) -> Path:
     Raises :class:`UpdateRefused` or :class:`DiskFull` where trying again would not help, and
     :class:`HubError` where it may.
     """
-    metadata, partial, staging = (paths.tuf / name for name in ("metadata", "partial", "staging"))
-    for directory in (metadata, partial, paths.models / wish.release.model):
+    model, number = wish.release
+    metadata, partial = paths.tuf / "metadata", paths.tuf / "partial"
+    staging = paths.tuf / "staging" / f"{model}-{number}"
+    for directory in (metadata, partial, staging, paths.models / model):
         make(directory)
     fetcher = Fetcher(hub, partial)
     try:
@@ -151,19 +166,18 @@ def fetch(paths: Paths, wish: Wish, hub: Hub) -> Path:
         )
         updater.refresh()
         wanted = _judge(metadata, wish)
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(mode=0o700)
+        for other in set(staging.parent.iterdir()) - {staging}:
+            shutil.rmtree(other)
         before = slots.holding(paths.models, wish.release)
         _check_room(paths, partial, sum(target.length for target in wanted.values()))
         for file, target in wanted.items():
-            known = None if before is None else str(before / file)
-            if known is not None and updater.find_cached_target(target, known):
-                shutil.copyfile(known, staging / file)
-            else:
-                updater.download_target(target, str(staging / file))
+            if before is not None and updater.find_cached_target(target, str(before / file)):
+                shutil.copyfile(before / file, staging / file)
+            elif not updater.find_cached_target(target, str(staging / file)):
+                _download(updater, fetcher, target, staging / file)
         bundle.read(staging)
-        slot = paths.models / wish.release.model / wish.slot
-        slots.seal(staging, slot, wish.release.number)
+        slot = paths.models / model / wish.slot
+        slots.seal(staging, slot, number)
     except ExpiredMetadataError as error:
         raise HubError(
             f"the hub's signed metadata has expired ({error}): it may be replaying an old state, "
@@ -177,9 +191,17 @@ def fetch(paths: Paths, wish: Wish, hub: Hub) -> Path:
         raise fetcher.failure or HubError(f"a download failed: {error}") from error
     except OSError as error:
         raise translate_os(error, paths.data) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return slot
+
+
+def _download(updater: Updater, fetcher: Fetcher, target: TargetFile, path: Path) -> None:
+    """Download one file; a continued download that does not verify is begun once more."""
+    try:
+        updater.download_target(target, str(path))
+    except LengthOrHashMismatchError:
+        if not fetcher.resumed:
+            raise
+        updater.download_target(target, str(path))
 
 
 def _judge(metadata: Path, wish: Wish) -> dict[str, TargetFile]:

@@ -216,6 +216,8 @@ class TestHub:
         return f"https://127.0.0.1:{self.server.server_address[1]}"
 
     def close(self) -> None:
+        if not self.thread.is_alive():
+            return
         self.server.shutdown()
         self.thread.join()
         self.server.server_close()
