@@ -1,0 +1,65 @@
+"""The ServerApp of the contract test, loaded by Flower in its own process."""
+
+import json
+import os
+from pathlib import Path
+
+from atoll.federation import parameters, plan, rounds
+from atoll.federation.evaluation import ask, evaluate
+from atoll.federation.flower import prompt_grid
+from atoll.privacy.plain import PlainHubSession
+from blobs import Blobs
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    prompt_grid()
+    folder = Path(os.environ["CONTRACT_FOLDER"])
+    job = json.loads((folder / f"{context.run_config['job']}.json").read_text())
+    the_plan = plan.loads(job["plan"])
+    members = {name: rounds.Member(int(node), b"") for name, node in job["nodes"].items()}
+    cohort = rounds.Cohort(members, job["trainers"], sorted(members))
+    reports = []
+
+    def on_round(report: rounds.RoundReport) -> None:
+        reports.append(
+            {
+                "round": report.round,
+                "seconds": report.seconds,
+                "survivors": list(report.survivors),
+                "dropped": dict(report.dropped),
+                "up": report.bytes_up,
+                "down": report.bytes_down,
+            }
+        )
+        (folder / "rounds.json").write_text(json.dumps(reports))
+
+    done = rounds.run_rounds(
+        grid,
+        the_plan,
+        cohort,
+        PlainHubSession(),
+        lambda _: None,
+        on_round,
+        parameters.flatten(Blobs().model(the_plan.seed)),
+        run=str(context.run_config["job"]),
+    )
+    survivors = reports[-1]["survivors"]
+    nodes = {name: cohort.nodes[name] for name in survivors}
+    there = rounds.Cohort(members, survivors, survivors)
+    scores = evaluate(grid, there, "blobs", done.weights, "test", 20)
+    answers = ask(grid, nodes, "echo", b"ping", 20)
+    result = {
+        "rounds": reports,
+        "ended": done.ended,
+        "correct": {name: reply.correct for name, reply in scores.items()},
+        "rows": {name: reply.rows for name, reply in scores.items()},
+        "answers": {name: answer.decode() for name, answer in answers.items()},
+    }
+    part = folder / "result.part"
+    part.write_text(json.dumps(result))
+    part.rename(folder / "result.json")

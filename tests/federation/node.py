@@ -1,0 +1,34 @@
+"""One device of the contract test: ``node.py URL IDENTITY_DIR DATA_DIR DEVICE``."""
+
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from atoll.federation import client_app
+from atoll.federation.errors import LinkError
+from atoll.federation.warm_node import WarmNode
+from atoll.privacy.plain import PlainParty
+from blobs import Blobs
+
+
+def main(url: str, identity: Path, data: Path, device: str) -> None:
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("atoll").setLevel(logging.DEBUG)
+    app = client_app.build(Blobs(), data, lambda _: PlainParty(device), {"echo": bytes.upper})
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        WarmNode(
+            url,
+            ca=identity / "ca.pem",
+            certificate=identity / "cert.pem",
+            key=identity / "key.pem",
+        ).serve(app, stop)
+    except LinkError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

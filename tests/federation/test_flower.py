@@ -1,0 +1,160 @@
+"""The contract with flwr: our hub and device side against a real SuperLink."""
+
+import json
+import re
+import threading
+from pathlib import Path
+
+import pytest
+from atoll.federation import client_app
+from atoll.federation.errors import LinkError
+from atoll.federation.warm_node import SLOWEST_POLL, WarmNode, poll_delay
+from atoll.fleet.identity import Authority, Identity
+from atoll.privacy.plain import PlainParty
+from blobs import Blobs, write
+from conftest import Hub, wait_for
+from hypothesis import given
+from hypothesis import strategies as st
+
+PLAN = """
+name = "contract"
+task = "blobs"
+model = "blobs"
+rounds = {rounds}
+cohort = {{ min_devices = 2, round_timeout = {timeout} }}
+privacy = {{ mode = "plain" }}
+"""
+
+
+def node_of(identity: Path, url: str) -> WarmNode:
+    return WarmNode(
+        url, ca=identity / "ca.pem", certificate=identity / "cert.pem", key=identity / "key.pem"
+    )
+
+
+def app(tmp_path: Path) -> object:
+    return client_app.build(Blobs(), tmp_path, lambda _: PlainParty("x"), {})
+
+
+def test_a_run_completes_and_a_killed_node_is_a_drop_out(hub: Hub, tmp_path: Path) -> None:
+    nodes, data, identities = {}, {}, {}
+    for number, device in enumerate(["one", "two", "three"]):
+        identities[device], mine = hub.identity(device)
+        nodes[device] = hub.admin.register_node(mine.public_pem())
+        data[device] = write(tmp_path / device, number)
+    job = {"plan": PLAN.format(rounds=4, timeout=12), "nodes": nodes, "trainers": list(nodes)}
+    (hub.folder / "job1.json").write_text(json.dumps(job))
+    with (
+        hub.node("one", identities["one"], data["one"]),
+        hub.node("two", identities["two"], data["two"]),
+        hub.node("three", identities["three"], data["three"]) as third,
+    ):
+        run = hub.admin.start_run("contract_app:app", {"job": "job1"})
+        seen = hub.folder / "rounds.json"
+        wait_for(seen.exists, 60, "the first round")
+        (data["three"] / "stall").touch()
+        wait_for((data["three"] / "stalled").exists, 30, "the third to train")
+        third.kill()
+        wait_for(lambda: hub.admin.run_status(run).state == "finished", 90, "the run")
+    status = hub.admin.run_status(run)
+    assert status.outcome == "completed", status.detail
+    result = json.loads((hub.folder / "result.json").read_text())
+    rounds = result["rounds"]
+    assert [entry["round"] for entry in rounds] == [1, 2, 3, 4]
+    assert rounds[0]["survivors"] == ["one", "three", "two"]
+    assert rounds[-1]["survivors"] == ["one", "two"]
+    assert set(rounds[-1]["dropped"]) == {"three"}
+    assert result["rows"] == {"one": 60, "two": 60}
+    assert result["answers"] == {"one": "PING", "two": "PING"}
+    spent = re.findall(r"^(\S+): ([0-9.]+) s", (hub.folder / "one.log").read_text(), re.MULTILINE)
+    assert {kind for kind, _ in spent} == {"train", "evaluate", "query"}
+
+
+def test_a_key_that_is_not_registered_is_refused(hub: Hub, tmp_path: Path) -> None:
+    identity, _ = hub.identity("unknown")
+    with pytest.raises(LinkError, match="enrol"):
+        node_of(identity, hub.front.url).serve(app(tmp_path), threading.Event())
+
+
+def test_an_unregistered_node_is_refused_from_then_on(hub: Hub, tmp_path: Path) -> None:
+    identity, mine = hub.identity("revoked")
+    node = hub.admin.register_node(mine.public_pem())
+    stop, ended = threading.Event(), threading.Event()
+    refusals = []
+
+    def serve() -> None:
+        try:
+            node_of(identity, hub.front.url).serve(app(tmp_path), stop)
+        except LinkError as error:
+            refusals.append(str(error))
+        ended.set()
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        assert not ended.wait(1)
+        hub.admin.unregister_node(node)
+        hub.admin.unregister_node(node)
+        assert ended.wait(2 * SLOWEST_POLL + 5)
+    finally:
+        stop.set()
+    assert "refuses this device" in refusals[0]
+
+
+def test_a_certificate_of_another_authority_is_refused(hub: Hub, tmp_path: Path) -> None:
+    from datetime import UTC, datetime
+
+    foreign = Authority.create("foreign", datetime.now(UTC))
+    identity, mine = hub.identity("foreign", foreign)
+    hub.admin.register_node(mine.public_pem())
+    with pytest.raises(LinkError):
+        node_of(identity, hub.front.url).serve(app(tmp_path), threading.Event())
+
+
+def test_a_hub_that_is_away_at_the_start_is_an_error_that_says_so(hub: Hub, tmp_path: Path) -> None:
+    identity, _ = hub.identity("early")
+    with pytest.raises(LinkError, match="cannot be reached"):
+        node_of(identity, "https://127.0.0.1:9").serve(app(tmp_path), threading.Event())
+
+
+def test_a_broken_connection_is_taken_up_again(hub: Hub, tmp_path: Path) -> None:
+    identity, mine = hub.identity("broken")
+    hub.admin.register_node(mine.public_pem())
+    stop = threading.Event()
+    errors = []
+
+    def serve() -> None:
+        try:
+            node_of(identity, hub.front.url).serve(app(tmp_path), stop)
+        except LinkError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        before = hub.front.passed
+        wait_for(lambda: hub.front.passed > before + 8, 20, "the node to ask")
+        hub.front.cut()
+        before = hub.front.passed
+        wait_for(lambda: hub.front.passed > before + 8, 20, "the node to ask again")
+    finally:
+        stop.set()
+        thread.join(10)
+    assert not thread.is_alive()
+    assert errors == []
+
+
+def test_admin_errors_are_link_errors(hub: Hub) -> None:
+    with pytest.raises(LinkError):
+        hub.admin.run_status("12345")
+    with pytest.raises(LinkError):
+        hub.admin.register_node(b"no key")
+    key = Identity.new().public_pem()
+    hub.admin.register_node(key)
+    with pytest.raises(LinkError):
+        hub.admin.register_node(key)
+
+
+@given(st.floats(min_value=0, max_value=1e6))
+def test_waiting_for_a_message_grows_by_a_quarter_at_most(idle: float) -> None:
+    assert 0.1 <= poll_delay(idle) <= SLOWEST_POLL
+    assert poll_delay(idle) <= max(0.25 * idle, 0.1)
