@@ -52,14 +52,19 @@ def plot(
     *,
     x_label: str,
     from_zero: bool = False,
+    whole: bool = False,
 ) -> str:
-    """Return the JSON that ``atoll.js`` hands to uPlot; what is not finite becomes a gap."""
+    """Return the JSON that ``atoll.js`` hands to uPlot; what is not finite becomes a gap.
+
+    ``from_zero`` lets the axis begin there; ``whole`` marks it at whole numbers alone.
+    """
     lines = [
         {"label": name, "y": [v if v is not None and math.isfinite(v) else None for v in values]}
         for name, values in series.items()
     ]
+    axes = {"x_label": x_label, "from_zero": from_zero, "whole": whole}
     return json.dumps(
-        {"x": list(x), "x_label": x_label, "from_zero": from_zero, "series": lines},
+        {"x": list(x), "series": lines} | axes,
         separators=(",", ":"),
         allow_nan=False,
     )

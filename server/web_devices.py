@@ -12,7 +12,7 @@ from atoll.server.watch import compared_windows, profile_of
 from atoll.server.watch_rules import Rules, Serving
 from atoll.server.web_charts import bars
 from atoll.server.web_read import first, rows
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, select
 
 EVENTS: Final = 20
 
@@ -143,9 +143,9 @@ def device(
 def _histograms(
     connection: Connection, row: Mapping[str, Any], drift: Mapping[str, Any] | None, rules: Rules
 ) -> list[dict[str, Any]]:
-    """Return, per variable, the bars of before and now; the most changed first.
+    """Return, per variable, the bars of the population, of the device before and of it now.
 
-    Before the baseline is full the population's reference stands in its place.
+    The most changed come first.
     """
     if drift is None:
         return []
@@ -158,26 +158,21 @@ def _histograms(
     reference = profile.reference()
     found = []
     for name in profile.variables:
-        if compared.current:
-            pair = (compared.baseline[name], compared.current[name])
-            labels = (
-                f"its first {compared.baseline_rows} rows",
-                f"its last {compared.current_rows} rows",
-            )
-        elif compared.baseline:
-            pair = (reference[name], compared.baseline[name])
-            labels = (
-                f"everyone, {profile.rows} rows",
-                f"this device, {compared.baseline_rows} rows",
-            )
-        else:
-            continue
+        shown = [
+            ("reference", f"everyone, {profile.rows} rows", reference[name]),
+            ("before", f"its first {compared.baseline_rows} rows", compared.baseline.get(name)),
+            ("current", f"its last {compared.current_rows} rows", compared.current.get(name)),
+        ]
+        drawings = [(kind, words, vector) for kind, words, vector in shown if vector is not None]
+        heights = bars([vector.tolist() for _, _, vector in drawings])
         verdict = verdicts.get(name, {})
         found.append(
             {
                 "name": name,
-                "bars": bars([vector.tolist() for vector in pair]),
-                "labels": labels,
+                "drawings": [
+                    (kind, words, drawn)
+                    for (kind, words, _), drawn in zip(drawings, heights, strict=True)
+                ],
                 "state": verdict.get("state"),
                 "score": verdict.get("score", 0.0),
                 "psi": verdict.get("statistics", {}).get("psi"),

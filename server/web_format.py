@@ -14,10 +14,10 @@ Tone = Literal["ok", "busy", "wait", "warn", "bad", "idle"]
 _WORDS: Final[Mapping[Tone, str]] = {
     "ok": "ok online serving done published stable passed",
     "busy": "running fetching checking canary rolling",
-    "wait": "proposed approved gated too-few-rows waiting open",
+    "wait": "proposed approved gated too-few-rows open",
     "warn": "offline warning rolled-back",
     "bad": "failed rejected halted drifted error revoked broken over-budget",
-    "idle": "idle info cancelled superseded acknowledged closed none unnoised",
+    "idle": "idle later waiting info cancelled superseded acknowledged closed none unnoised",
 }
 
 TONES: Final[Mapping[str, Tone]] = {
@@ -112,7 +112,8 @@ def number(value: float | None, digits: int = 3) -> str:
     if math.isinf(value):
         return "∞"
     if value != 0 and not 1e-4 <= abs(value) < 1e6:
-        return f"{value:.{digits - 1}e}"
+        mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
     if float(value).is_integer():
         return f"{int(value)}"
     whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from atoll.fleet.bundle import CARD
 from atoll.server import web_views
 from atoll.server.context import HubContext
 from atoll.server.events import Subject
@@ -55,6 +56,10 @@ def pages(hub: HubContext, rules: Rules) -> Sequence[Page]:
         view = run(connection, request.path_params["name"])
         return view | {"title": f"Run of {view['row']['name']}"}
 
+    def card(run_id: str) -> str:
+        path = hub.settings.candidates / run_id / CARD
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
     everything: Sequence[Subject] = ("devices", "runs", "models", "alerts", "drift")
     about_device: Sequence[Subject] = ("devices", "alerts", "drift")
     return (
@@ -74,7 +79,7 @@ def pages(hub: HubContext, rules: Rules) -> Sequence[Page]:
             "Models",
             "models.html",
             ("models", "devices", "runs", "alerts"),
-            lambda c, _: web_views.models(c, hub.clock(), silent),
+            lambda c, _: web_views.models(c, hub.clock(), silent, card),
         ),
         Page("runs", "/runs", "Runs", "runs.html", ("runs", "alerts"), lambda c, _: runs(c)),
         Page("runs", "/runs/{name}", "", "run.html", ("runs", "alerts"), one_run),

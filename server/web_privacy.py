@@ -29,6 +29,14 @@ from sqlalchemy import Connection, select
 STRONG: Final = 1.0
 WEAK: Final = 10.0
 """Below the first ε is strong, above the second weak (NIST SP 800-226, §2.3, says so in spirit)."""
+METHODS: Final = {
+    "nothing spent": "nothing spent",
+    "closed form": "exact for Gaussian noise",
+    "pld": "from the privacy loss distribution",
+    "rdp": "no finer bound than Rényi's",
+    "unbounded": "a sum went without noise",
+}
+"""How ε was computed, in words."""
 POINTS: Final = 120
 """At most so many points of the curve are computed."""
 
@@ -84,7 +92,7 @@ def account(
         ],
         "epsilon_pld": total.epsilon_pld,
         "epsilon_rdp": total.epsilon_rdp,
-        "method": total.method,
+        "method": METHODS[total.method],
         "delta": terms.delta,
         "budget": terms.budget_epsilon,
         "unnoised": math.isinf(total.epsilon_pld),
@@ -110,23 +118,24 @@ def sentence(events: Sequence[Event], total: Spent, cohort: int | None) -> str:
         plain = sum(isinstance(event, Unnoised) for event in events)
         return (
             f"{plain} of {len(events)} sums were opened without noise, so no ε bounds what they "
-            "reveal about a device. Encryption hid the single updates; it does not hide their sum."
+            "reveal about a device. Encryption can hide single updates; it never hides their sum."
         )
     meaning = (
-        f"No one who sees the models can tell whether a device took part with odds better than "
-        f"{_odds(total.epsilon_pld)}, except with probability {total.delta:g}."
+        "Who sees the models can tell that a device took part at odds of at most "
+        f"{_odds(total.epsilon_pld)}, but for a chance of {total.delta:g}."
     )
     if total.epsilon_pld <= STRONG:
         return f"This is strong. {meaning}"
+    if total.epsilon_pld > WEAK:
+        meaning = f"ε = {total.epsilon_pld:.3g} promises little. {meaning}"
     fixed = [e.noise_multiplier for e in events if isinstance(e, Gaussian) and e.sampling is None]
     if cohort is None or len(fixed) < len(events):
         return f"{meaning} More noise or a larger cohort lowers it."
     now = math.sqrt(math.fsum(1 / z**2 for z in fixed))
     needed = math.ceil(cohort * now / _mu_for(STRONG, total.delta))
-    few = "This is weak, and it is the truth for so few devices" if total.epsilon_pld > WEAK else ""
     return (
-        f"{few + '. ' if few else ''}{meaning} {cohort} devices took part; with the same noise on "
-        f"the mean, ε = 1 takes about {needed:,} of them."
+        f"{meaning} A cohort of {cohort} cannot do better at this accuracy: with the same noise on "
+        f"the mean, ε = 1 takes about {needed:,} devices."
     )
 
 
@@ -139,7 +148,7 @@ def _tone(epsilon: float) -> Tone:
 def _odds(epsilon: float) -> str:
     """Return e^ε to one as people say it."""
     if epsilon > 20:
-        return f"e^{epsilon:.0f} to 1, which is no protection"
+        return f"e^{epsilon:.0f} to 1"
     odds = math.exp(epsilon)
     return f"{odds:.1f} to 1" if odds < 10 else f"{odds:,.0f} to 1"
 

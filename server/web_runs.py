@@ -71,7 +71,7 @@ def run(connection: Connection, run_id: str) -> dict[str, Any]:
 
 
 def stages(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return each stage of a run with ``done``, the run's state if it is there, or ``waiting``.
+    """Return each stage of a run with ``done``, the run's state if it is there, or ``later``.
 
     A stage that is not in :data:`STAGES` is shown after them: the pipeline may know more.
     """
@@ -80,10 +80,10 @@ def stages(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     if row["state"] in ("gated", "published"):
         return [(name, "done") for name in names]
     if not at:
-        return [(name, "waiting") for name in names]
+        return [(name, "later") for name in names]
     here = names.index(at)
     return [
-        (name, "done" if i < here else row["state"] if i == here else "waiting")
+        (name, "done" if i < here else row["state"] if i == here else "later")
         for i, name in enumerate(names)
     ]
 
@@ -102,7 +102,13 @@ def round_plots(rounds: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         ),
         (
             "Devices that took part",
-            plot(x, {"answered": answered, "asked": asked}, x_label="round", from_zero=True),
+            plot(
+                x,
+                {"answered": answered, "asked": asked},
+                x_label="round",
+                from_zero=True,
+                whole=True,
+            ),
         ),
     ]
     spent = [entry["epsilon"] for entry in rounds]

@@ -63,8 +63,13 @@ def overview(connection: Connection, now: float, silent_after: float) -> View:
     }
 
 
-def models(connection: Connection, now: float, silent_after: float) -> View:
-    """Return the releases and the roll-outs, newest first."""
+def models(
+    connection: Connection, now: float, silent_after: float, card: Callable[[str], str]
+) -> View:
+    """Return the releases and the roll-outs, newest first.
+
+    ``card`` returns the model card that a run wrote, or nothing.
+    """
     releases, rollouts, runs = schema.releases, schema.rollouts, schema.runs
     fleet = fleet_rows(connection, now, silent_after)
     serving = Counter((row["model"], row["release"]) for row in fleet if row["model"])
@@ -73,7 +78,11 @@ def models(connection: Connection, now: float, silent_after: float) -> View:
     gated = select(runs).where(runs.c.state == "gated").order_by(runs.c.created_at.desc())
     return {
         "releases": [
-            _release(row) | {"serving": serving[row["model"], row["release"]]}
+            _release(row)
+            | {
+                "serving": serving[row["model"], row["release"]],
+                "card": card(row["run"]) if row["run"] else "",
+            }
             for row in rows(connection, published)
         ],
         "rollouts": [_progress(row, fleet) for row in rows(connection, rolled)],

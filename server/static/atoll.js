@@ -37,6 +37,10 @@
     const a = Math.abs(v);
     return a !== 0 && (a < 0.001 || a >= 1e6) ? v.toExponential(1) : String(Number(v.toPrecision(3)));
   };
+  // Without a pointer over it the legend tells the last point.
+  const rest = (plot) => {
+    if (plot.cursor.idx == null) plot.setLegend({ idx: plot.data[0].length - 1 });
+  };
   const options = (element, spec) => {
     const axis = { stroke: colour("--quiet"), grid: { stroke: colour("--line"), width: 1 },
       ticks: { stroke: colour("--line"), width: 1 }, font: "12px system-ui, sans-serif" };
@@ -49,9 +53,10 @@
       } } },
       cursor: { y: false, drag: { x: false, y: false } },
       legend: { live: true },
+      hooks: { setCursor: [rest], ready: [rest] },
       axes: [
         { ...axis, size: 28, values: (_, ticks) => ticks.map((t) => (Number.isInteger(t) ? t : "")) },
-        { ...axis, size: 52, values: (_, ticks) => ticks.map(short) },
+        { ...axis, size: 52, values: (_, ticks) => ticks.map(short), ...(spec.whole ? { incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000] } : {}) },
       ],
       series: [
         { label: spec.x_label, value: (_, v) => short(v) },
