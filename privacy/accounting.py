@@ -132,7 +132,8 @@ def _spent(counted: frozenset[tuple[Event, int]], delta: float) -> Spent:
 
 
 def _precision(events: Mapping[Gaussian, int]) -> float:
-    return math.fsum(n / e.noise_multiplier**2 for e, n in events.items())
+    inverses = ((1 / e.noise_multiplier, n) for e, n in events.items())
+    return math.fsum(n * inverse * inverse for inverse, n in inverses)
 
 
 def gaussian_delta(mu: float, epsilon: float) -> float:
@@ -148,6 +149,8 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
     """Return the least ε with ``gaussian_delta(mu, ε)`` ≤ ``delta``, to a relative 1e-12."""
+    if not math.isfinite(mu * mu):
+        return math.inf
     if gaussian_delta(mu, 0.0) <= delta:
         return 0.0
     low, high = 0.0, mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta))

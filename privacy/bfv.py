@@ -36,9 +36,15 @@ Ciphertext = Any
 """SEAL's own object; it can be added and saved, not pickled."""
 
 
+@lru_cache(maxsize=1)
+def _modulus() -> seal.Modulus:
+    """Return q, the largest prime of 60 bits that suits the ring."""
+    return seal.CoeffModulus.Create(SLOTS, [COEFFICIENT_BITS])[0]
+
+
 def max_terms(plain_bits: int) -> int:
     """Return how many fresh ciphertexts can be added under a plain modulus of that size."""
-    return int((2.0 ** (COEFFICIENT_BITS - 1) / (2.0 ** (plain_bits + 1)) - 1) / NOISE_PER_TERM)
+    return int((_modulus().value() / 2.0 ** (plain_bits + 1) - 1) / NOISE_PER_TERM)
 
 
 def plain_bits_for(terms: int) -> int:
@@ -66,7 +72,7 @@ class Adder:
     def __init__(self, plain_bits: int) -> None:
         parameters = seal.EncryptionParameters(seal.SCHEME_TYPE.BFV)
         parameters.set_poly_modulus_degree(SLOTS)
-        parameters.set_coeff_modulus(seal.CoeffModulus.Create(SLOTS, [COEFFICIENT_BITS]))
+        parameters.set_coeff_modulus([_modulus()])
         self.modulus = plain_modulus(plain_bits)
         parameters.set_plain_modulus(self.modulus)
         self.context = seal.SEALContext(parameters, True, seal.SEC_LEVEL_TYPE.TC128)  # noqa: FBT003 (SEAL takes it by position)

@@ -82,11 +82,11 @@ def _laplace(m: int, c: int, count: int, stream: Keystream) -> Ints:
     t = _scale(m, c)
     low = stream.below(t, count)
     low = low[_exp_minus(low, t, 1, stream)]
-    size = low + t * _geometric(low.size, stream)
+    size: Ints = low + t * _geometric(low.size, stream)
     negative = (stream.words(size.size) & np.uint64(1)).astype(bool)
     keep = ~(negative & (size == 0))
-    signed: Ints = np.where(negative, -size, size)
-    return signed[keep]
+    np.negative(size, out=size, where=negative)
+    return size[keep]
 
 
 def _accept(size: Ints, m: int, c: int, stream: Keystream) -> Bools:

@@ -1,0 +1,126 @@
+"""Encrypted blocks add exactly up to the limit, and bytes that are none are refused."""
+
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from atoll.privacy import bfv
+from atoll.privacy.errors import BadParameters, Refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+BITS = bfv.MAX_PLAIN_BITS
+
+
+@pytest.fixture(scope="module")
+def key():
+    return bfv.Key(BITS)
+
+
+@pytest.fixture(scope="module")
+def adder():
+    return bfv.Adder(BITS)
+
+
+@pytest.fixture(scope="module")
+def block(key):
+    return key.encrypt(np.arange(bfv.SLOTS))
+
+
+def test_the_extremes_survive(key):
+    half = key.modulus // 2
+    slots = np.resize(np.array([half, -half, 0, 1, -1]), bfv.SLOTS)
+    assert (key.decrypt(key.encrypt(slots)) == slots).all()
+
+
+@pytest.mark.parametrize(("bits", "terms"), [(46, 380), (45, 761), (44, 1524)])
+def test_the_limit_of_terms_is_the_worst_case_of_the_noise(bits, terms):
+    assert bfv.max_terms(bits) == terms
+    q, t = bfv._modulus().value(), bfv.plain_modulus(bits)
+    assert terms * bfv.NOISE_PER_TERM < q / (2 * t)
+    assert bfv.plain_bits_for(terms) == bits
+    assert bfv.plain_bits_for(terms + 1) == bits - 1
+
+
+def test_more_terms_than_any_key_can_add_are_refused():
+    with pytest.raises(BadParameters, match="plan smaller cohorts"):
+        bfv.plain_bits_for(bfv.max_terms(bfv.MIN_PLAIN_BITS) + 1)
+
+
+def test_as_many_terms_as_allowed_add_exactly(key, adder):
+    rng = np.random.default_rng(0)
+    reach = key.modulus // 2 // bfv.max_terms(BITS)
+    wanted = np.zeros(bfv.SLOTS, dtype=np.int64)
+    total = None
+    for _ in range(bfv.max_terms(BITS)):
+        slots = rng.integers(-reach, reach, bfv.SLOTS, endpoint=True)
+        wanted += slots
+        term = adder.read(key.encrypt(slots))
+        if total is None:
+            total = term
+        else:
+            adder.add(total, term)
+    assert (key.decrypt(adder.write(total)) == wanted).all()
+
+
+def test_a_block_travels_as_half_of_itself_and_a_seed(key, adder, block):
+    assert len(block) < 34_000
+    assert len(adder.write(adder.read(block))) > 60_000
+
+
+def test_a_key_is_read_back_whole(key, block):
+    again = bfv.Key(BITS, key.secret())
+    assert (again.decrypt(block) == np.arange(bfv.SLOTS)).all()
+
+
+def test_another_key_opens_nothing(block):
+    with pytest.raises(Refused, match="under another key"):
+        bfv.Key(BITS).decrypt(block)
+
+
+def test_a_block_for_other_parameters_is_refused(adder):
+    with pytest.raises(Refused, match="no ciphertext"):
+        adder.read(bfv.Key(BITS - 1).encrypt(np.zeros(bfv.SLOTS, dtype=np.int64)))
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_changed_blocks_are_refused_or_read_and_never_crash(adder, block, data):
+    kind = data.draw(st.sampled_from(["cut", "flip", "head", "noise"]))
+    if kind == "cut":
+        changed = block[: data.draw(st.integers(0, len(block) - 1))]
+    elif kind == "noise":
+        changed = data.draw(st.binary(max_size=500))
+    else:
+        reach = 130 if kind == "head" else len(block)
+        place = data.draw(st.integers(0, reach - 1))
+        value = data.draw(st.integers(0, 255))
+        changed = block[:place] + bytes([value]) + block[place + 1 :]
+    try:
+        read = adder.read(changed)
+    except Refused:
+        return
+    assert kind in {"flip", "head"}
+    assert read.size() == 2
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_changed_keys_are_refused_or_read_and_never_crash(key, data):
+    secret = key.secret()
+    place = data.draw(st.integers(0, min(len(secret), 200) - 1))
+    changed = secret[:place] + bytes([data.draw(st.integers(0, 255))]) + secret[place + 1 :]
+    with suppress(Refused):
+        bfv.Key(BITS, changed)
+
+
+@pytest.mark.parametrize("size", [0, bfv.MAX_CIPHERTEXT + 1])
+def test_sizes_no_ciphertext_has_are_not_even_read(adder, size):
+    with pytest.raises(Refused, match="are no ciphertext"):
+        adder.read(bytes(size))
+
+
+def test_a_modulus_outside_the_range_is_refused():
+    for bits in (bfv.MIN_PLAIN_BITS - 1, bfv.MAX_PLAIN_BITS + 1):
+        with pytest.raises(Refused, match="plain modulus"):
+            bfv.plain_modulus(bits)
