@@ -2,18 +2,27 @@
 
 from typing import Annotated, Any, Final
 
-from atoll.server import audit, rollouts
-from atoll.server.api_access import Hub, Operating, Viewer
+from atoll.server import audit, publishing, repository, rollouts
+from atoll.server.api_access import Approver, Hub, Operating, Viewer
 from atoll.server.errors import Conflict, NotFound
 from atoll.server.schema import alerts, devices, drift, releases
 from atoll.server.schema import rollouts as rollouts_table
 from fastapi import APIRouter, Query
+from fastapi.responses import Response
 from pydantic import BaseModel, Field
 from sqlalchemy import select, update
 
 router: Final = APIRouter()
 
 Limit = Annotated[int, Query(ge=1, le=1000)]
+
+
+class ReleaseRequest(BaseModel, extra="forbid"):
+    """A run's candidate and what was signed for it."""
+
+    run: str
+    targets: Annotated[str, Field(max_length=4 * 1024 * 1024)]
+    """The new targets metadata, JSON, byte for byte as it was signed."""
 
 
 class RollOutRequest(BaseModel, extra="forbid"):
@@ -48,6 +57,31 @@ def list_models(hub: Hub, _who: Viewer) -> list[dict[str, Any]]:
         for row in rolled.mappings():
             models[row["model"]]["rollouts"].append(dict(row))
     return list(models.values())
+
+
+@router.get("/targets", tags=["models"])
+def current_targets(hub: Hub, _who: Viewer) -> Response:
+    """Return the signed targets metadata as devices see it now: what the signer starts from."""
+    return Response(repository.current_targets(hub.tuf), media_type="application/json")
+
+
+@router.post("/models/{model}/releases", tags=["models"], status_code=201)
+def publish_release(
+    model: str, body: ReleaseRequest, hub: Hub, who: Approver
+) -> dict[str, str | int | None]:
+    """Publish a run's candidate, by targets metadata that the offline key has signed."""
+    with hub.store.begin() as connection:
+        release = publishing.publish(
+            connection,
+            hub.settings,
+            model=model,
+            run=body.run,
+            signed=body.targets.encode(),
+            actor=who.name,
+            now=hub.clock(),
+        )
+    hub.bus.publish("models", "runs", "audit")
+    return {"model": model, "release": release.release, "fallback": release.fallback}
 
 
 @router.post("/models/{model}/roll-out", tags=["models"], status_code=201)

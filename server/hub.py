@@ -26,9 +26,20 @@ from typing import Final, Self
 from atoll.federation import flower
 from atoll.federation.errors import LinkError
 from atoll.fleet.authority import Authority
-from atoll.fleet.errors import BadIdentity
+from atoll.fleet.errors import FleetError
 from atoll.fleet.files import write_atomic
-from atoll.server import audit, auth, desired, rollouts, runs, sessions, watch, web
+from atoll.server import (
+    audit,
+    auth,
+    desired,
+    publishing,
+    repository,
+    rollouts,
+    runs,
+    sessions,
+    watch,
+    web,
+)
 from atoll.server.broker import Broker
 from atoll.server.brokers import open_broker
 from atoll.server.context import Addresses, HubContext
@@ -88,7 +99,7 @@ class Hub:
         """Start every part; raise :class:`CannotStart` with nothing left running."""
         try:
             self._start()
-        except (OSError, BadIdentity) as error:
+        except (OSError, FleetError) as error:
             self.stop()
             raise _explained(error, self._settings.data) from error
         except BaseException:
@@ -127,6 +138,9 @@ class Hub:
         store = Store(settings.database_url)
         self._parts.callback(store.close)
         store.migrate()
+        repository.ensure(settings.tuf, settings.offline_keys, settings.online_keys, now)
+        for release in publishing.reconcile(store, settings, self._clock()):
+            log.warning("%s was signed and not recorded; it is now", release)
 
         supervisor = self._parts.enter_context(
             Supervisor(settings.data / "logs", restarted=lambda name: self._again(name, store))
@@ -266,6 +280,9 @@ class Hub:
             if seen.assessed:
                 hub.bus.publish("drift", "alerts", "runs")
 
+        def sign() -> None:
+            repository.refresh(hub.tuf, hub.settings.online_keys, hub.utc())
+
         def silent() -> None:
             if mark_silent(hub.store, hub.clock, hub.settings.offline_seconds):
                 hub.bus.publish("devices")
@@ -274,6 +291,7 @@ class Hub:
             Duty("publishing desired states", publish_desired),
             Duty("runs", run, every=1.0),
             Duty("rollouts", roll),
+            Duty("keeping the model repository fresh", sign, every=600.0),
             Duty("watching", look, every=1.0),
             Duty("telling broker and SuperLink of the fleet", hub.membership.follow, every=5.0),
             Duty("counting traffic", lambda: traffic.flush(hub.store), every=2.0),
@@ -360,11 +378,14 @@ def greeting(hub: HubContext) -> list[str]:
     with hub.store.begin() as connection:
         code = sessions.new_login_code(connection, ADMIN, hub.clock())
     where = hub.addresses
+    keys = hub.settings.offline_keys
+    warning = [f"Move {keys} to a medium that is kept offline: it signs models"]
     return [
         f"Dashboard  {where.operator_url}/login?code={code}",
         f"API        {where.operator_url}/api/v1 (token in {hub.settings.operator_file})",
         f"Devices    {where.device_url}, MQTT on {where.mqtt_host}:{where.mqtt_port}",
         f"Data       {hub.settings.data}",
+        *(warning if keys.exists() else []),
     ]
 
 
@@ -429,9 +450,9 @@ def _wait(ready: Callable[[], bool], seconds: float, complaint: str) -> None:
         pause.wait(0.1)
 
 
-def _explained(error: OSError | BadIdentity, data: Path) -> CannotStart:
-    if isinstance(error, BadIdentity):
-        return CannotStart(f"the hub's certificates in {data} cannot be used: {error}")
+def _explained(error: OSError | FleetError, data: Path) -> CannotStart:
+    if isinstance(error, FleetError):
+        return CannotStart(f"the hub's files in {data} cannot be used: {error}")
     where = error.filename or data
     return CannotStart(
         f"cannot use {where}: {error.strerror or error}",

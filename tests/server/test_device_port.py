@@ -22,6 +22,7 @@ from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now as flower_now
 from flwr.supercore.primitives.asymmetric import sign_message
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from sqlalchemy import select
 
 Running = Any
@@ -54,7 +55,7 @@ def signed(device: Device, key_of: Device | None = None) -> dict[str, str]:
         FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode((key_of or device).identity.public_pem()).decode(),
         TIMESTAMP_HEADER: timestamp,
         FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode(),
-        "content-type": "application/x-protobuf",
+        "content-type": PROTOBUF_MEDIA_TYPE,
     }
 
 
@@ -266,7 +267,7 @@ def raw(running: Running, device: Device | None, path: str, method: str = "POST"
     port = int(running.hub.context.addresses.device_url.rpartition(":")[2])
     request = (
         f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\n"
-        "Content-Type: application/x-protobuf\r\nConnection: close\r\n"
+        f"Content-Type: {PROTOBUF_MEDIA_TYPE}\r\nConnection: close\r\n"
     )
     for name, value in (signed(device) if device else {}).items():
         if name != "content-type":
