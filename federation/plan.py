@@ -24,6 +24,11 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     learning_rate: PositiveFloat = 0.05
     momentum: NonNegativeFloat = 0.9
     server_learning_rate: PositiveFloat = 1.0
+    server_momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """How much of the last step the next one keeps (FedAvgM, Hsu et al., arXiv 1909.06335).
+
+    It works on sums that are decoded already, so it costs no privacy.
+    """
 
 
 class Cohort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
