@@ -278,10 +278,10 @@ def test_the_rotated_device_is_found_and_no_other(profile, n) -> None:
 def test_false_alarms_of_whole_devices_keep_to_the_rate_asked_for(profile) -> None:
     rng = np.random.default_rng(1)
     fired = 0
-    for _ in range(120):
+    for _ in range(60):
         one, other = (_count(profile, _person(3, rng, 80)) for _ in range(2))
         fired += assess_device(profile, one, other, 0.05, 0.0).state == "drifted"
-    assert fired <= 6 + 3.5 * sqrt(6)
+    assert fired <= 3 + 3.5 * sqrt(3)
 
 
 def test_people_differ_from_the_population_and_that_is_no_alarm(profile) -> None:

@@ -1,8 +1,7 @@
 import pytest
 from atoll.fleet import rollout as rollouts
 from atoll.fleet.rollout import RUNNING, Rollout, Twin, start, step, supersede
-from atoll.fleet.twin import NOTHING_DESIRED, NOTHING_REPORTED, next_version
-from atoll.fleet.wire import Reported
+from atoll.fleet.wire import Desired, Reported
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -16,7 +15,10 @@ class Fleet:
     def __init__(self, devices, serving: int | None = OLD) -> None:
         self.twins: dict[str, Twin] = {}
         for device in devices:
-            self.twins[device] = Twin(NOTHING_DESIRED, NOTHING_REPORTED)
+            self.twins[device] = Twin(
+                Desired(version=0),
+                Reported(desired_version=0, model=None, release=None, state="idle"),
+            )
             if serving is not None:
                 self.tell({device: serving})
                 self.answer(device)
@@ -25,7 +27,7 @@ class Fleet:
         for device, release in wishes.items():
             desired, reported = self.twins[device]
             model = None if release is None else "m"
-            wish = next_version(desired, model=model, release=release, train=False)
+            wish = Desired(version=desired.version + 1, model=model, release=release)
             self.twins[device] = Twin(wish, reported)
 
     def answer(self, device: str, *, works: bool = True) -> None:
