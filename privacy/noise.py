@@ -86,7 +86,8 @@ def _laplace(m: int, c: int, count: int, stream: Keystream) -> Ints:
     negative = (stream.words(size.size) & np.uint64(1)).astype(bool)
     keep = ~(negative & (size == 0))
     np.negative(size, out=size, where=negative)
-    return size[keep]
+    kept: Ints = size[keep]
+    return kept
 
 
 def _accept(size: Ints, m: int, c: int, stream: Keystream) -> Bools:
