@@ -23,7 +23,9 @@ NAME: Final = "last.npz"
 class Checkpoint:
     """``weights`` float32 ``(n,)`` after the last completed round; ``begun`` ≥ ``completed``.
 
+    ``velocity`` float32 ``(n,)`` is the step that server momentum carries on.
     Rounds count from 1; 0 means none. ``trained`` is how many rounds changed the weights.
+    ``session`` is what the hub's side of the sums keeps between rounds; nothing secret.
     """
 
     run: str
@@ -31,6 +33,8 @@ class Checkpoint:
     completed: int
     trained: int
     weights: Vector
+    velocity: Vector
+    session: bytes = b""
 
 
 class Checkpoints:
@@ -49,6 +53,8 @@ class Checkpoints:
                 [checkpoint.begun, checkpoint.completed, checkpoint.trained], dtype=np.int64
             ),
             weights=checkpoint.weights,
+            velocity=checkpoint.velocity,
+            session=np.frombuffer(checkpoint.session, dtype=np.uint8),
         )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_suffix(".part")
@@ -82,6 +88,8 @@ class Checkpoints:
                     completed=completed,
                     trained=trained,
                     weights=file["weights"].astype(np.float32),
+                    velocity=file["velocity"].astype(np.float32),
+                    session=file["session"].tobytes(),
                 )
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise BadCheckpoint(

@@ -15,8 +15,8 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 POLL_SECONDS: Final = 0.15
-_EXTRA_LIFE: Final = 30.0
-"""Seconds a message outlives its deadline in the SuperLink, so that a late reply is no error."""
+_EXTRA_LIFE: Final = 5.0
+"""Seconds a message outlives its deadline in the SuperLink, so that the last look finds it."""
 
 
 class Clock(NamedTuple):

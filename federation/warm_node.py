@@ -75,7 +75,7 @@ FASTEST_POLL: Final = 0.1
 SLOWEST_POLL: Final = 2.0
 _POLL_SHARE: Final = 0.25
 """The wait for a message grows by at most this share."""
-_HEARTBEAT: Final = 15
+_HEARTBEAT: Final = 10
 """Seconds promised between signs of life; after two promises without one the hub drops us."""
 _SLOWEST_RETRY: Final = 20.0
 _PART_PATIENCE: Final = 60.0

@@ -1,0 +1,61 @@
+"""Who takes part in a run, and which of them are there."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from atoll.federation.errors import RoundFailed
+from atoll.federation.exchange import Clock
+from flwr.serverapp import Grid
+
+_LOOK_SECONDS: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A device of the cohort: its Flower node and its certificate (PEM)."""
+
+    node_id: int
+    certificate: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """Who takes part: all by device id, and which of them train and which evaluate."""
+
+    members: Mapping[str, Member]
+    trainers: Sequence[str]
+    evaluators: Sequence[str]
+
+    @property
+    def nodes(self) -> dict[str, int]:
+        """Flower node ids by device."""
+        return {device: member.node_id for device, member in self.members.items()}
+
+    @property
+    def roster(self) -> dict[str, bytes]:
+        """Certificates of the trainers, as :func:`atoll.privacy.modes.hub_session` takes them."""
+        return {device: self.members[device].certificate for device in self.trainers}
+
+
+def await_trainers(
+    grid: Grid, cohort: Cohort, *, least: int, hoped: int, timeout: float, clock: Clock
+) -> list[str]:
+    """Return the trainers that are connected, once ``hoped`` of them are or time is up.
+
+    Raises :class:`RoundFailed` when ``least`` are not there after ``timeout`` seconds.
+    """
+    deadline = clock.now() + timeout
+    while True:
+        online = set(grid.get_node_ids())
+        present = [name for name in cohort.trainers if cohort.members[name].node_id in online]
+        late = clock.now() >= deadline
+        if len(present) >= hoped or (late and len(present) >= least):
+            return present
+        if late:
+            raise RoundFailed(
+                f"{len(present)} of {len(cohort.trainers)} training devices are connected and "
+                f"the plan needs {least}; check that their agents run, or lower "
+                "cohort.min_devices"
+            )
+        clock.pause(_LOOK_SECONDS)
