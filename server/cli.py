@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 
 import typer
 from atoll.server import cli_device, cli_hub, cli_keys, cli_model, cli_plan
-from atoll.server.cli_options import Data, Json, connect, guarded
+from atoll.server.cli_options import Data, Json, connect, flowing, guarded
 from atoll.server.tables import put, put_json
 
 HELP: Final = """\
@@ -30,9 +30,7 @@ Exit status:
 - 130: interrupted
 """
 
-app = typer.Typer(
-    help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
-)
+app = typer.Typer(help=flowing(HELP), no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("hub")(guarded(cli_hub.hub))
 app.add_typer(cli_device.app, name="device")
 app.add_typer(cli_plan.app, name="plan")

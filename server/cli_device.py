@@ -1,14 +1,13 @@
 """``atoll device``: who belongs to the fleet."""
 
-import sys
 import time
 from typing import Annotated, Any
 
 import typer
 from atoll.fleet.errors import BadDeviceId
 from atoll.fleet.topics import check_device_id
-from atoll.server.cli_options import Data, Json, connect, guarded
-from atoll.server.client import Failure, Misuse
+from atoll.server.cli_options import Data, Json, Yes, agreed, connect, guarded
+from atoll.server.client import Misuse
 from atoll.server.tables import (
     ago,
     device_state,
@@ -121,7 +120,7 @@ def revoke_device(
     device: DeviceId,
     *,
     reason: Annotated[str, typer.Option(help="Goes into the audit log.")] = "",
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Yes = False,
     data: Data = None,
     as_json: Json = False,
 ) -> None:
@@ -131,14 +130,7 @@ def revoke_device(
     """
     checked = check_id(device)
     client = connect(data)
-    if (
-        not yes
-        and sys.stdin.isatty()
-        and not typer.confirm(
-            f"Put {checked} out of the fleet? It cannot come back with its certificate.", err=True
-        )
-    ):
-        raise Failure("nothing was done")
+    agreed(f"Put {checked} out of the fleet? Its certificate never works again.", yes=yes)
     done = client.post("devices", checked, "revoke", body={"reason": reason})
     if as_json:
         put_json(done)

@@ -1,20 +1,22 @@
 """``atoll model``: sign what a run has made, bring it to the devices, take it back."""
 
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
+from atoll.server import cli_publish
 from atoll.server.cli_options import Data, Json, connect, guarded
 from atoll.server.client import Failure, HubClient
 from atoll.server.tables import ago, clean, note, put, put_json, put_table
 
 app = typer.Typer(help="Publish models, roll them out and back.", no_args_is_help=True)
+app.command("publish")(cli_publish.publish)
 
 ModelName = Annotated[str, typer.Argument(help="The model's name.", metavar="MODEL")]
 Watch = Annotated[bool, typer.Option("--watch", help="Stay until the rollout ends.")]
 
-POLL_SECONDS = 1.0
-MOVING = ("canary", "rolling")
+POLL_SECONDS: Final = 1.0
+MOVING: Final = ("canary", "rolling")
 
 
 @app.command("list")
@@ -63,57 +65,52 @@ def roll_out(
     With --watch, ends with status 1 when the rollout is halted.
     """
     client = connect(data)
-    wanted = newest(client, model) if release is None else release
-    body: dict[str, object] = {"release": wanted}
-    if canary:
-        body["canaries"] = canary
-    client.post("models", model, "roll-out", body=body)
-    _report(client, model, watch=watch, as_json=as_json)
+    body = {"release": release, "canaries": canary or None}
+    made = client.post("models", model, "roll-out", body=body)
+    _report(client, model, made["id"], watch=watch, as_json=as_json)
 
 
 @app.command("roll-back")
 @guarded
 def roll_back(
-    model: ModelName, *, watch: Watch = False, data: Data = None, as_json: Json = False
+    model: ModelName,
+    *,
+    reason: Annotated[str, typer.Option(help="Goes into the audit log.")] = "",
+    data: Data = None,
+    as_json: Json = False,
 ) -> None:
-    """Bring the devices back to the release that the newest one names as its fallback."""
+    """Return the devices of the newest rollout to the release that it may fall back to."""
     client = connect(data)
-    client.post("models", model, "roll-back")
-    _report(client, model, watch=watch, as_json=as_json)
+    made = client.post("models", model, "roll-back", body={"reason": reason})
+    _report(client, model, made["id"], watch=False, as_json=as_json)
 
 
-def find(client: HubClient, model: str) -> dict[str, Any]:
-    """Return a published model; raise :class:`Failure` when there is none of that name."""
-    found: list[dict[str, Any]] = client.get("models")
-    for one in found:
-        if one["model"] == model:
-            return one
-    names = ", ".join(one["model"] for one in found) or "none"
-    raise Failure(f"there is no published model {model!r} (there are: {names})")
-
-
-def newest(client: HubClient, model: str) -> int:
-    """Return a model's newest release; raise :class:`Failure` when there is none."""
-    return max(int(release["release"]) for release in find(client, model)["releases"])
-
-
-def _report(client: HubClient, model: str, *, watch: bool, as_json: bool) -> None:
-    """Print the newest rollout of a model, at its end if it is watched."""
-    rollout = find(client, model)["rollouts"][0]
+def _report(client: HubClient, model: str, rollout: int, *, watch: bool, as_json: bool) -> None:
+    """Print a rollout, at its end if it is watched."""
     shown = ""
-    while watch and rollout["state"] in MOVING:
-        line = _line(client, rollout)
+    while (now := _rollout(client, model, rollout))["state"] in MOVING and watch:
+        line = _line(client, now)
         if line != shown:
             note(line)
             shown = line
         time.sleep(POLL_SECONDS)
-        rollout = find(client, model)["rollouts"][0]
     if as_json:
-        put_json(rollout)
+        put_json(now)
     else:
-        put(_line(client, rollout))
-    if watch and rollout["state"] not in ("done", "rolled-back"):
-        raise Failure(f"the rollout is {rollout['state']}: {rollout['reason']}")
+        put(_line(client, now))
+    if watch and now["state"] != "done":
+        raise Failure(f"the rollout is {now['state']}: {now['reason']}")
+
+
+def _rollout(client: HubClient, model: str, rollout: int) -> dict[str, Any]:
+    found: list[dict[str, Any]] = client.get("models")
+    return next(
+        one
+        for found_model in found
+        if found_model["model"] == model
+        for one in found_model["rollouts"]
+        if one["id"] == rollout
+    )
 
 
 def _line(client: HubClient, rollout: dict[str, Any]) -> str:

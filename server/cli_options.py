@@ -1,5 +1,6 @@
 """What the modules of the command line share: options, and how errors end a command."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -20,6 +21,7 @@ Data = Annotated[
         show_default=False,
     ),
 ]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 _Parameters = ParamSpec("_Parameters")
@@ -27,7 +29,10 @@ _Result = TypeVar("_Result")
 
 
 def guarded(command: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """Make a command end with a sentence and an exit status where it would raise."""
+    """Make a command end with a sentence and an exit status where it would raise.
+
+    Its docstring becomes its help, in paragraphs that fit whatever width the terminal has.
+    """
 
     @wraps(command)
     def run(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
@@ -51,7 +56,31 @@ def guarded(command: Callable[_Parameters, _Result]) -> Callable[_Parameters, _R
         note(f"error: {clean(message)}")
         raise typer.Exit(status)
 
+    run.__doc__ = flowing(command.__doc__ or "")
     return run
+
+
+def flowing(text: str) -> str:
+    """Return text with a line for each paragraph; a paragraph of ``- `` items is left as it is."""
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(
+        paragraph if paragraph.startswith("- ") else " ".join(paragraph.split())
+        for paragraph in paragraphs
+    )
+
+
+def agreed(question: str, *, yes: bool) -> None:
+    """Ask before something that cannot be undone; raise :class:`Failure` unless agreed.
+
+    Only a person at a terminal, who sees the question, is asked.
+    """
+    if (
+        not yes
+        and sys.stdin.isatty()
+        and sys.stderr.isatty()
+        and not typer.confirm(question, err=True)
+    ):
+        raise Failure("nothing was done")
 
 
 def connect(data: Path | None) -> HubClient:

@@ -138,6 +138,11 @@ class HubClient:
         """Post ``body`` as JSON and return the answer."""
         return self._json("POST", path, {} if body is None else body)
 
+    def fetch(self, *path: str) -> bytes:
+        """Return what is there, byte for byte."""
+        with self._response("GET", path, None) as response:
+            return response.read()
+
     def download(self, *path: str, to: Path) -> None:
         """Save what is there as ``to``; a partial file is not left behind."""
         part = to.with_name(f".{to.name}.part")
@@ -153,10 +158,11 @@ class HubClient:
 
     def _json(self, method: str, path: tuple[str, ...], body: object) -> Any:  # noqa: ANN401 -- JSON
         with self._response(method, path, body) as response:
-            try:
-                return json.loads(response.read())
-            except ValueError:
-                raise self._stranger() from None
+            data = response.read()
+        try:
+            return json.loads(data)
+        except ValueError:
+            raise self._stranger() from None
 
     @contextmanager
     def _response(

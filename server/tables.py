@@ -5,6 +5,7 @@ could steer a terminal are replaced.
 """
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -13,6 +14,7 @@ MINUTE: Final = 60
 HOUR: Final = 3600
 DAY: Final = 86_400
 
+_SPAN: Final = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>[smhd])?", re.ASCII)
 _UNITS: Final = {"s": 1, "m": MINUTE, "h": HOUR, "d": DAY}
 
 
@@ -85,11 +87,11 @@ def labels(found: Mapping[str, str] | None) -> str:
 
 def read_span(text: str) -> float:
     """Return the seconds in ``90s``, ``30m``, ``24h``, ``7d``; raise :class:`ValueError`."""
-    unit = _UNITS.get(text[-1:])
-    number = float(text[:-1]) if unit else float(text)
-    if not 0 < number < float("inf"):
-        raise ValueError(text)
-    return number * (unit or 1)
+    found = _SPAN.fullmatch(text)
+    seconds = float(found["number"]) * _UNITS[found["unit"] or "s"] if found else 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"not a duration: {text!r}")
+    return seconds
 
 
 def device_state(device: Mapping[str, Any]) -> str:
