@@ -125,14 +125,14 @@ def _new_windows(connection: Connection) -> list[tuple[Serving, int]]:
         select(w.device, w.model, w.release, func.max(w.message))
         .where(w.message > seen)
         .group_by(w.device, w.model, w.release)
-    ).tuples()
+    )
     serves = {
         device: (reported.get("model"), reported.get("release"))
         for device, reported in connection.execute(
             select(schema.twins.c.device, schema.twins.c.reported).where(
                 schema.twins.c.reported.is_not(None)
             )
-        ).tuples()
+        )
         if reported
     }
     return [
@@ -155,7 +155,7 @@ def _windows(
         query = query.order_by(w.received_at, w.message)
     rows = connection.execute(query, execution_options={"yield_per": 32})
     with rows:
-        for message, count, packed in rows.tuples():
+        for message, count, packed in rows:
             try:
                 counts = unpack_all(
                     msgspec.msgpack.decode(packed, type=dict[str, bytes]), profile.bins

@@ -159,7 +159,7 @@ def _histograms(
     found = []
     for name in profile.variables:
         shown = [
-            ("reference", f"everyone, {profile.rows} rows", reference[name]),
+            ("reference", "everyone", reference[name]),
             ("before", f"its first {compared.baseline_rows} rows", compared.baseline.get(name)),
             ("current", f"its last {compared.current_rows} rows", compared.current.get(name)),
         ]

@@ -101,8 +101,8 @@ def size(count: float | None) -> str:
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """Return a share of one in percent."""
-    return _NONE if share is None else f"{100 * share:.{digits}f} %"
+    """Return a share of one in percent, with a space that does not break."""
+    return _NONE if share is None else f"{100 * share:.{digits}f}\u202f%"
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -37,6 +37,7 @@ METHODS: Final = {
     "unbounded": "a sum went without noise",
 }
 """How ε was computed, in words."""
+_RAISED: Final = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 POINTS: Final = 120
 """At most so many points of the curve are computed."""
 
@@ -148,7 +149,7 @@ def _tone(epsilon: float) -> Tone:
 def _odds(epsilon: float) -> str:
     """Return e^ε to one as people say it."""
     if epsilon > 20:
-        return f"e^{epsilon:.0f} to 1"
+        return f"e{f'{epsilon:.0f}'.translate(_RAISED)} to 1"
     odds = math.exp(epsilon)
     return f"{odds:.1f} to 1" if odds < 10 else f"{odds:,.0f} to 1"
 
