@@ -80,7 +80,7 @@ class Checkpoints:
         if not self._path.exists():
             return None
         try:
-            with np.load(self._path, allow_pickle=False) as file:
+            with np.load(io.BytesIO(self._path.read_bytes()), allow_pickle=False) as file:
                 begun, completed, trained = (int(value) for value in file["rounds"])
                 found = Checkpoint(
                     run=str(file["run"]),

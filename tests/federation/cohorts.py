@@ -1,0 +1,91 @@
+"""Cohorts of in-process devices with real identities and the real sums."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from atoll.federation import client_app, parameters, plan, rounds
+from atoll.federation.checkpoints import Checkpoints
+from atoll.federation.engine import InProcessGrid
+from atoll.fleet.identity import Authority, Identity, peer_of
+from atoll.privacy.modes import PartyIdentity, hub_session, party_session
+from atoll.privacy.sums import PartySum
+from blobs import Blobs, write
+
+PLAN = """
+name = "test"
+task = "blobs"
+model = "blobs"
+rounds = {rounds}
+seed = 7
+training = {{ learning_rate = 0.1, batch_size = 16 }}
+cohort = {{ min_devices = {least}, round_timeout = 60 }}
+privacy = {{ mode = "{mode}", clip_norm = 2.0, noise_multiplier = {noise} }}
+"""
+
+
+def plan_of(mode: str = "plain", count: int = 3, least: int = 2, noise: float = 0.0) -> plan.Plan:
+    return plan.loads(PLAN.format(mode=mode, rounds=count, least=least, noise=noise))
+
+
+@dataclass
+class Fleet:
+    """Devices in this process: their apps by node id, and the cohort that they make."""
+
+    grid: InProcessGrid
+    cohort: rounds.Cohort
+
+    def run(
+        self,
+        the_plan: plan.Plan,
+        *,
+        run: str = "run",
+        charge: Callable[[int], float | None] = lambda _: None,
+        on_round: Callable[[rounds.RoundReport], None] = lambda _: None,
+        checkpoints: Checkpoints | None = None,
+    ) -> rounds.Outcome:
+        return rounds.run_rounds(
+            self.grid,
+            the_plan,
+            self.cohort,
+            hub_session(the_plan.privacy.mode, self.cohort.roster),
+            charge,
+            on_round,
+            parameters.flatten(Blobs().model(the_plan.seed)),
+            run=run,
+            checkpoints=checkpoints,
+            clock=self.grid.clock,
+        )
+
+
+def fleet(
+    folder: Path,
+    devices: int,
+    tasks: Mapping[str, Blobs] | None = None,
+    sums: Callable[[str, PartySum], PartySum] = lambda _, party: party,
+) -> Fleet:
+    """Return a fleet of ``devices``: all train, all evaluate."""
+    now = datetime.now(UTC)
+    authority = Authority.create("Atoll test", now)
+    apps, members = {}, {}
+    for number in range(1, devices + 1):
+        name = f"device-{number}"
+        mine = Identity.new()
+        members[name] = rounds.Member(
+            number, authority.issue_device(mine.csr(name), name, datetime.now(UTC))
+        )
+        me = PartyIdentity(
+            name,
+            mine.key,
+            mine.seal,
+            lambda pem: peer_of(pem, authority.cert_pem, datetime.now(UTC)),
+        )
+        apps[number] = client_app.build(
+            (tasks or {}).get(name, Blobs()),
+            write(folder / name, number),
+            lambda mode, me=me, name=name: sums(name, party_session(mode, me)),
+            {"echo": bytes.upper},
+        )
+    cohort = rounds.Cohort(members, sorted(members), sorted(members))
+    return Fleet(InProcessGrid(apps), cohort)

@@ -1,0 +1,120 @@
+"""Weights as vectors, message records, plans, and the exchange's book-keeping."""
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from atoll.federation import messages, parameters, plan, task
+from atoll.federation.errors import BadMessage, BadPlan, TaskMissing
+from atoll.federation.flower import TlsFiles, superexec_command, superlink_command
+from blobs import Blobs
+from flwr.app import ConfigRecord, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+KINDS = (
+    messages.SumAsk,
+    messages.TrainAsk,
+    messages.EvaluateAsk,
+    messages.QueryAsk,
+    messages.SumReply,
+    messages.TrainReply,
+    messages.EvaluateReply,
+    messages.QueryReply,
+)
+VALUES = {
+    str: st.text(max_size=20),
+    bytes: st.binary(max_size=50),
+    int: st.integers(0, 2**62),
+    float: st.floats(allow_nan=False),
+}
+
+
+def records() -> st.SearchStrategy[messages.Record]:
+    return st.one_of(
+        st.builds(
+            kind, **{field.name: VALUES[field.type] for field in msgspec.structs.fields(kind)}
+        )
+        for kind in KINDS
+    )
+
+
+@given(records())
+@settings(max_examples=60)
+def test_a_record_survives_flowers_wire_format(record: messages.Record) -> None:
+    content = messages.pack(record)
+    (name,) = content.config_records
+    raw = content.config_records[name].deflate()
+    there = RecordDict({name: ConfigRecord.inflate(raw)})
+    assert messages.unpack(there, type(record)) == record
+
+
+@given(records())
+@settings(max_examples=30)
+def test_unknown_fields_are_ignored_and_missing_ones_refused(record: messages.Record) -> None:
+    content = messages.pack(record)
+    (name,) = content.config_records
+    content.config_records[name]["of-the-future"] = "yes"
+    assert messages.unpack(content, type(record)) == record
+    del content.config_records[name][next(iter(msgspec.structs.asdict(record)))]
+    with pytest.raises(BadMessage):
+        messages.unpack(content, type(record))
+
+
+def test_a_message_without_the_record_is_refused() -> None:
+    with pytest.raises(BadMessage, match="'sum'"):
+        messages.unpack(RecordDict(), messages.SumReply)
+
+
+def test_the_size_of_a_message_is_its_payload() -> None:
+    content = messages.pack(messages.SumReply(payload=b"12345"), messages.TrainReply(loss=1.0))
+    assert messages.size(content) == 5
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=10)
+def test_weights_survive_the_vector_and_the_wire(seed: int) -> None:
+    model, other = Blobs().model(seed), Blobs().model(seed + 1)
+    vector = parameters.flatten(model)
+    assert vector.dtype == np.float32
+    parameters.unflatten(other, parameters.from_bytes(parameters.to_bytes(vector)))
+    assert np.array_equal(parameters.flatten(other), vector)
+
+
+def test_weights_of_another_model_are_refused() -> None:
+    with pytest.raises(BadMessage, match="do not fit"):
+        parameters.unflatten(Blobs().model(0), np.zeros(3, np.float32))
+    with pytest.raises(BadMessage, match="no float32"):
+        parameters.from_bytes(b"12345")
+
+
+def test_a_plan_names_the_field_at_fault() -> None:
+    text = 'name = "p"\ntask = "t"\nmodel = "m"\n'
+    assert plan.loads(text).privacy.mode == "he"
+    with pytest.raises(BadPlan, match="rounds"):
+        plan.loads(text + "rounds = 0\n")
+    with pytest.raises(BadPlan, match="nonsense"):
+        plan.loads(text + "nonsense = 1\n")
+    with pytest.raises(BadPlan, match="TOML"):
+        plan.loads("=")
+
+
+def test_a_missing_task_names_the_remedy() -> None:
+    with pytest.raises(TaskMissing, match="install"):
+        task.find("no-such-task")
+
+
+def test_flowers_programs_send_nothing_home_and_install_nothing(tmp_path: Path) -> None:
+    tls = TlsFiles(tmp_path / "ca", tmp_path / "cert", tmp_path / "key")
+    link = superlink_command("127.0.0.1", 1234, tls, tmp_path / "db", tmp_path)
+    executor = superexec_command("127.0.0.1:1234", tls.ca, tmp_path)
+    for program in (link, executor):
+        assert Path(program.argv[0]).exists()
+        assert program.env["FLWR_TELEMETRY_ENABLED"] == "0"
+        assert program.env["FLWR_DISABLE_UPDATE_CHECK"] == "1"
+        assert program.env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
+        assert program.env["FLWR_HOME"] == str(tmp_path)
+    assert "--enable-supernode-auth" in link.argv
+    assert "--insecure" not in link.argv
+    assert link.argv[link.argv.index("--isolation") + 1] == "process"

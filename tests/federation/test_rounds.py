@@ -1,0 +1,275 @@
+"""Rounds over the in-process engine with the real sums."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from atoll.federation import parameters
+from atoll.federation.checkpoints import Checkpoints
+from atoll.federation.engine import Vanished
+from atoll.federation.errors import BadCheckpoint, RoundFailed
+from atoll.federation.evaluation import ask, evaluate
+from atoll.federation.rounds import PATIENCE, RoundReport
+from atoll.federation.task import Examples, Split
+from atoll.privacy.errors import BadParameters, BudgetExceeded
+from atoll.privacy.ledger import Gaussian, Ledger, MemoryStore
+from blobs import Blobs
+from cohorts import fleet, plan_of
+
+
+class Diverged(Blobs):
+    """Its examples make the loss, and so the update, not a number."""
+
+    def load(self, data: Path, split: Split) -> Examples:
+        good = super().load(data, split)
+        return Examples(np.full_like(good.x, np.nan), good.y)
+
+
+class Broken(Blobs):
+    """Raises while loading."""
+
+    def load(self, data: Path, split: Split) -> Examples:
+        raise OSError("the disk is gone")
+
+
+class Gone(Blobs):
+    """Falls silent while loading."""
+
+    def load(self, data: Path, split: Split) -> Examples:
+        raise Vanished
+
+
+def accuracy(scores: dict[str, object]) -> float:
+    return sum(s.correct for s in scores.values()) / sum(s.rows for s in scores.values())
+
+
+@pytest.mark.parametrize("mode", ["plain", "he"])
+def test_a_cohort_learns_what_separates_the_classes(tmp_path: Path, mode: str) -> None:
+    here = fleet(tmp_path, 3)
+    reports: list[RoundReport] = []
+    plan = plan_of(mode, count=4)
+    done = here.run(plan, on_round=reports.append)
+    before = parameters.flatten(Blobs().model(plan.seed))
+    scores = evaluate(here.grid, here.cohort, "blobs", done.weights, "test", 5)
+    untrained = evaluate(here.grid, here.cohort, "blobs", before, "test", 5)
+    assert set(scores) == set(here.cohort.members)
+    assert accuracy(scores) > 0.9 > accuracy(untrained)
+    assert [report.round for report in reports] == [1, 2, 3, 4]
+    assert all(report.survivors == ("device-1", "device-2", "device-3") for report in reports)
+    assert all(report.dropped == {} for report in reports)
+    assert reports[-1].loss < reports[0].loss
+    assert all(report.bytes_up > 0 and report.bytes_down > 0 for report in reports)
+    assert (done.ended, done.rounds) == ("complete", 4)
+
+
+def test_an_encrypted_run_gives_exactly_the_plain_model(tmp_path: Path) -> None:
+    plain = fleet(tmp_path / "a", 3).run(plan_of("plain"))
+    encrypted = fleet(tmp_path / "b", 3).run(plan_of("he"))
+    assert np.array_equal(plain.weights, encrypted.weights)
+    assert not np.array_equal(plain.weights, parameters.flatten(Blobs().model(7)))
+
+
+def test_a_seed_gives_the_same_model_and_noise_another(tmp_path: Path) -> None:
+    first = fleet(tmp_path / "a", 3).run(plan_of())
+    again = fleet(tmp_path / "b", 3).run(plan_of(), run="another")
+    noised = fleet(tmp_path / "c", 3).run(plan_of(noise=0.1))
+    assert np.array_equal(first.weights, again.weights)
+    assert not np.array_equal(first.weights, noised.weights)
+
+
+@pytest.mark.parametrize("mode", ["plain", "he"])
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [(Broken(), "disk is gone"), (Gone(), "no answer"), (Diverged(), "NaN")],
+    ids=["errors", "vanishes", "diverges"],
+)
+def test_a_device_that_fails_is_a_drop_out(
+    tmp_path: Path, mode: str, task: Blobs, reason: str
+) -> None:
+    here = fleet(tmp_path / "a", 4, {"device-2": task})
+    reports: list[RoundReport] = []
+    done = here.run(plan_of(mode, count=2), on_round=reports.append)
+    assert done.rounds == 2
+    assert np.isfinite(done.weights).all()
+    for report in reports:
+        assert report.survivors == ("device-1", "device-3", "device-4")
+        assert list(report.dropped) == ["device-2"]
+        assert reason in report.dropped["device-2"]
+
+
+def test_the_survivors_mean_does_not_know_the_drop_out(tmp_path: Path) -> None:
+    # The same three devices' mean, whether a fourth failed or never was.
+    with_failure = fleet(tmp_path / "a", 4, {"device-4": Broken()}).run(plan_of(count=1))
+    without = fleet(tmp_path / "b", 3).run(plan_of(count=1))
+    assert np.array_equal(with_failure.weights, without.weights)
+
+
+def test_rounds_with_too_few_survivors_change_nothing_and_end_the_run(tmp_path: Path) -> None:
+    here = fleet(tmp_path, 3, {"device-1": Broken(), "device-2": Broken()})
+    reports: list[RoundReport] = []
+    charged: list[int] = []
+    checkpoints = Checkpoints(tmp_path / "run")
+    with pytest.raises(RoundFailed, match="thrown away"):
+        here.run(
+            plan_of(count=9),
+            on_round=reports.append,
+            charge=charged.append,
+            checkpoints=checkpoints,
+        )
+    assert [report.survivors for report in reports] == [()] * PATIENCE
+    assert set(reports[0].dropped) == {"device-1", "device-2", "device-3"}
+    assert charged == [1, 2, 3]
+    kept = checkpoints.load("run")
+    assert kept is not None
+    assert np.array_equal(kept.weights, parameters.flatten(Blobs().model(7)))
+    assert (kept.begun, kept.completed, kept.trained) == (3, 0, 0)
+
+
+def test_too_few_connected_devices_are_named_before_anything_is_charged(tmp_path: Path) -> None:
+    here = fleet(tmp_path, 3)
+    here.grid.disconnect(1)
+    here.grid.disconnect(2)
+    charged: list[int] = []
+    with pytest.raises(RoundFailed, match="1 of 3"):
+        here.run(plan_of(), charge=charged.append)
+    assert charged == []
+
+
+def test_a_plan_that_cannot_be_private_is_refused_before_anything_is_charged(
+    tmp_path: Path,
+) -> None:
+    charged: list[int] = []
+    with pytest.raises(BadParameters):
+        fleet(tmp_path, 2).run(plan_of(least=3), charge=charged.append)
+    assert charged == []
+
+
+def test_a_spent_budget_ends_the_run_with_what_was_trained(tmp_path: Path) -> None:
+    event = Gaussian(noise_multiplier=1.0)
+    probe = Ledger(MemoryStore(), "people", None, 1e-5)
+    for number in range(2):
+        probe.charge(f"probe/{number}", event)
+    ledger = Ledger(MemoryStore(), "people", probe.spent().epsilon_pld * 1.01, 1e-5)
+
+    def charge(number: int) -> float | None:
+        ledger.charge(f"run/{number}", event)
+        return ledger.spent().epsilon_pld
+
+    reports: list[RoundReport] = []
+    done = fleet(tmp_path, 3).run(
+        plan_of(count=5, noise=1.0), charge=charge, on_round=reports.append
+    )
+    assert (done.ended, done.rounds) == ("budget", 2)
+    assert [report.round for report in reports] == [1, 2]
+    spent = [report.epsilon for report in reports]
+    assert spent[0] is not None
+    assert spent[1] is not None
+    assert 0 < spent[0] < spent[1]
+
+
+def test_a_budget_that_is_spent_already_trains_nothing(tmp_path: Path) -> None:
+    def refuse(_: int) -> None:
+        raise BudgetExceeded("spent")
+
+    done = fleet(tmp_path, 3).run(plan_of(), charge=refuse)
+    assert (done.ended, done.rounds) == ("budget", 0)
+
+
+@pytest.mark.parametrize("mode", ["plain", "he"])
+def test_a_run_taken_up_between_rounds_gives_the_undisturbed_model(
+    tmp_path: Path, mode: str
+) -> None:
+    undisturbed = fleet(tmp_path / "a", 3).run(plan_of(mode, count=4))
+    here = fleet(tmp_path / "b", 3)
+    checkpoints = Checkpoints(tmp_path / "run")
+    charged: list[int] = []
+
+    def stop_after_two(report: RoundReport) -> None:
+        if report.round == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        here.run(
+            plan_of(mode, count=4),
+            charge=charged.append,
+            on_round=stop_after_two,
+            checkpoints=checkpoints,
+        )
+    done = here.run(plan_of(mode, count=4), charge=charged.append, checkpoints=checkpoints)
+    assert np.array_equal(done.weights, undisturbed.weights)
+    assert charged == [1, 2, 3, 4]
+    assert done.rounds == 4
+
+
+def test_a_round_that_was_cut_short_is_not_begun_again(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "run")
+    charged: list[int] = []
+
+    class Interrupted(Blobs):
+        calls = 0
+
+        def load(self, data: Path, split: Split) -> Examples:
+            self.calls += 1
+            if self.calls == 2:
+                raise KeyboardInterrupt
+            return super().load(data, split)
+
+    here = fleet(tmp_path, 3, {"device-3": Interrupted()})
+    with pytest.raises(KeyboardInterrupt):
+        here.run(plan_of(count=3), charge=charged.append, checkpoints=checkpoints)
+    done = here.run(plan_of(count=3), charge=charged.append, checkpoints=checkpoints)
+    assert charged == [1, 2, 3]  # round 2 was charged once and answered at most once
+    assert done.rounds == 2
+
+
+def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    here = fleet(tmp_path, 3)
+    here.run(plan_of(count=1), checkpoints=checkpoints)
+    with pytest.raises(BadCheckpoint, match="belongs to run 'run'"):
+        checkpoints.load("other")
+    whole = (tmp_path / "last.npz").read_bytes()
+    for cut in (0, 10, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "last.npz").write_bytes(whole[:cut])
+        with pytest.raises(BadCheckpoint, match="damaged"):
+            checkpoints.load("run")
+    assert [path.name for path in tmp_path.glob("last*")] == ["last.npz"]
+
+
+def test_queries_reach_the_devices_and_failures_leave_the_others(tmp_path: Path) -> None:
+    here = fleet(tmp_path, 3)
+    here.grid.disconnect(2)
+    nodes = here.cohort.nodes
+    assert ask(here.grid, nodes, "echo", b"abc", 5) == {"device-1": b"ABC", "device-3": b"ABC"}
+    assert ask(here.grid, nodes, "unknown", b"abc", 5, clock=here.grid.clock) == {}
+
+
+def test_evaluation_counts_rows_and_leaves_out_who_fails(tmp_path: Path) -> None:
+    here = fleet(tmp_path, 2, {"device-2": Broken()})
+    weights = parameters.flatten(Blobs().model(0))
+    scores = evaluate(here.grid, here.cohort, "blobs", weights, "train", 5)
+    assert set(scores) == {"device-1"}
+    assert scores["device-1"].rows == 60
+    assert math.isfinite(scores["device-1"].loss)
+
+
+def test_a_device_does_not_train_another_task_or_contribute_out_of_turn(tmp_path: Path) -> None:
+    class Other(Blobs):
+        name = "other"
+
+    reports: list[RoundReport] = []
+    here = fleet(tmp_path, 3, {"device-1": Other()})
+    here.run(plan_of(count=1), on_round=reports.append)
+    assert "'other', not 'blobs'" in reports[0].dropped["device-1"]
+
+
+def test_training_leaves_the_callers_random_state_and_threads_alone(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    wanted = torch.rand(4)
+    threads = torch.get_num_threads()
+    torch.manual_seed(3)
+    fleet(tmp_path, 2).run(plan_of(count=1))
+    assert torch.equal(torch.rand(4), wanted)
+    assert torch.get_num_threads() == threads
