@@ -103,7 +103,7 @@ FETCH_LIMIT: Final = 300.0
 CHILD_LIMIT: Final = 120.0
 STEADY_SECONDS: Final = 60.0
 """A child that ran this long does not count as failing again and again."""
-RENEW_FIRST: Final = 30.0
+RENEW_AGAIN: Final = 30.0
 RENEW_LIMIT: Final = 3600.0
 
 
@@ -134,7 +134,7 @@ def _react(state: State, event: Input) -> Step:  # noqa: C901  # one arm per kin
     match event:
         case Begin(desired, installed):
             state = replace(state, desired=desired, installed=installed)
-            return state, [Connect(), After("renew", RENEW_FIRST)]
+            return state, [Connect(), After("renew", 0.0)]
         case LinkUp():
             actions: list[Action] = [Announce()]
             if state.reported is not None:
@@ -159,7 +159,7 @@ def _react(state: State, event: Input) -> Step:  # noqa: C901  # one arm per kin
         case Due(part):
             return _due(state, part)
         case Renewed(due_in, new):
-            actions = [After("renew", max(due_in, RENEW_FIRST))]
+            actions = [After("renew", max(due_in, RENEW_AGAIN))]
             if new:
                 actions.append(Connect())
             return replace(state, renew_failures=0), actions

@@ -187,3 +187,39 @@ def test_a_second_agent_on_the_same_directory_is_told_so(paths, broker):
         assert "already running" in second.stderr
         assert "Traceback" not in second.stderr
     assert os.path.exists(paths.database)  # noqa: PTH110  # a plain look
+
+
+def test_serves_what_it_has_when_everything_else_is_away(paths, hub, broker, tmp_path):
+    publish(hub, tmp_path, 1)
+    broker.desire("watch-1", wire.Desired(version=1, model="gait", release=1))
+    with running(paths):
+        wait_until(lambda: broker.bodies(wire.Reported), "a report")
+        wait_until(lambda: reported(broker).state == "serving", "serving release 1")
+    broker.stop()
+    hub.close()
+    port = bench.free_port()
+    with running(paths, "--serve-port", str(port)):
+        wait_until(lambda: status(paths)["state"] == "serving", "serving from the disk")
+        x = bench.examples(4)
+        np.testing.assert_allclose(
+            infer(f"http://127.0.0.1:{port}", x), bench.logits(x, 1), rtol=1e-5
+        )
+        wait_until(lambda: status(paths)["last_error"], "the reason")
+        assert not status(paths)["connected"]
+
+
+def test_a_training_process_that_cannot_work_is_told_once_and_leaves_the_rest_alone(
+    paths, hub, broker, tmp_path
+):
+    publish(hub, tmp_path, 1)
+    broker.desire("watch-1", wire.Desired(version=1, model="gait", release=1, train=True))
+    with running(paths, "--task", "no-such-task"):
+        wait_until(
+            lambda: [one for one in broker.bodies(wire.Event) if one.kind == "trainer"],
+            "the event",
+            60,
+        )
+        wait_until(lambda: reported(broker).state == "serving", "serving release 1", 60)
+    told = [one for one in broker.bodies(wire.Event) if one.kind == "trainer"]
+    assert len(told) == 1
+    assert "no-such-task" in told[0].detail

@@ -216,3 +216,27 @@ def test_a_foreign_hub_is_not_talked_to(hub, tmp_path):
         with pytest.raises(HubUntrusted, match="not to be trusted"):
             client.call("GET", "/v1/ca")
         client.pool.clear()
+
+
+def test_an_expired_certificate_is_told_with_the_remedy(hub, tmp_path):
+    hub.life = timedelta(seconds=2)
+    paths = Paths(tmp_path / "d")
+    now = datetime.now(UTC)
+    enrol(hub.token(), paths, None, now)
+    who = credentials.load(paths)
+    bench.wait_until(lambda: datetime.now(UTC) > now + timedelta(seconds=4), "the expiry")
+    with pytest.raises(HubUntrusted, match=r"expired.*enrol again"):
+        renew(paths, datetime.now(UTC))
+    assert who.certificate.exists()
+
+
+def test_a_foreign_certificate_is_told_with_the_remedy(hub, tmp_path):
+    with bench.hub_at(tmp_path / "other") as other:
+        paths = bench.enrolled(other, tmp_path / "d")
+        (paths.identity / "ca.pem").write_bytes(hub.authority.cert_pem)
+        from atoll.edge_agent.hub import Hub
+
+        client = Hub(hub.url, credentials.load(paths).context())
+        with pytest.raises(HubUntrusted, match="enrol again"):
+            client.call("GET", "/v1/tuf/metadata/timestamp.json")
+        client.pool.clear()

@@ -1,0 +1,49 @@
+"""The training process: which task it takes, whose data it reads, whom it trusts."""
+
+import bench
+import numpy as np
+import pytest
+from atoll.edge_agent import credentials
+from atoll.edge_agent.errors import AgentError
+from atoll.edge_agent.trainer import choose, examples, party_of
+from atoll.federation.errors import TaskMissing
+from atoll.federation.task import Examples
+from atoll.privacy.errors import BadParameters
+
+
+def test_without_data_the_reason_and_the_remedy_are_told(tmp_path):
+    with pytest.raises(AgentError, match=f"{tmp_path}.*put this device's data there"):
+        choose(None, tmp_path)
+
+
+def test_a_task_that_is_not_installed_is_refused(tmp_path):
+    with pytest.raises(TaskMissing, match="no-such-task"):
+        choose("no-such-task", tmp_path)
+
+
+def test_a_split_is_read_once(tmp_path):
+    class Counting:
+        name, input_shape, channels, classes = "c", bench.SHAPE, bench.CHANNELS, bench.CLASSES
+        loads = 0
+
+        def model(self, seed):
+            raise NotImplementedError
+
+        def load(self, data, split):
+            self.loads += 1
+            return Examples(bench.examples(3), np.arange(3))
+
+    task = Counting()
+    read = examples(task, tmp_path)
+    assert read("train").y.tolist() == read("train").y.tolist() == [0, 1, 2]
+    assert task.loads == 1
+    read("test")
+    assert task.loads == 2
+
+
+def test_sides_of_sums_are_made_by_mode_with_this_devices_name(hub, tmp_path):
+    paths = bench.enrolled(hub, tmp_path / "d")
+    party = party_of(paths, credentials.load(paths))
+    assert party("plain") is not party("plain")
+    with pytest.raises(BadParameters):
+        party("shouting")
