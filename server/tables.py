@@ -33,7 +33,7 @@ def put_table(columns: Sequence[str], rows: Sequence[Sequence[object]], empty: s
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for row in rows:
         table.add_row(*(Text(clean(cell)) for cell in row))
     # In a pipe nobody is helped by columns that are cut to the width of a screen.
