@@ -67,18 +67,24 @@ ADMIN: Final = "admin"
 """The operator that a new hub has; its token is in ``operator.json``."""
 
 _LOCAL: Final = "127.0.0.1"
-_BROKER_SECONDS: Final = 15.0
-_SUPERLINK_SECONDS: Final = 30.0
 
 
 class Hub:
     """A running hub; start it as a context manager or with :meth:`start` and :meth:`stop`."""
 
     context: HubContext
+    ingest: Ingest
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Callable[[], float] = time.time,
+        patience: float = 30.0,
+    ) -> None:
+        """``patience``: seconds to wait for a broker or SuperLink to let the hub in."""
         self._settings = settings
         self._clock = clock
+        self._patience = patience
         self._parts = ExitStack()
         self._stopped = threading.Event()
         self._servers: list[WebServer] = []
@@ -170,7 +176,7 @@ class Hub:
                 superlink=superlink,
             ),
         )
-        link, ingest = self._messaging(supervisor, broker, tls)
+        link, self.ingest = self._messaging(supervisor, broker, tls)
         traffic = Traffic()
         self._parts.callback(traffic.flush, store)
         runner = runs.Runner(store, nodes, self._clock)
@@ -180,7 +186,6 @@ class Hub:
         self._parts.callback(scheduler.stop)
         self._serve(tls, device_port, operator_port, traffic)
         self._write_operator_file()
-        del ingest
 
     def _broker(self, tls: HubTls, authority: Authority) -> Broker:
         settings = self._settings
@@ -209,7 +214,7 @@ class Hub:
                     "superlink",
                     program.argv,
                     ready=Address(_LOCAL, port),
-                    ready_timeout=_SUPERLINK_SECONDS,
+                    ready_timeout=self._patience,
                     environment=program.env,
                 )
             )
@@ -217,7 +222,7 @@ class Hub:
             address = settings.superlink
         nodes = flower.SuperLinkAdmin(address, ca.read_bytes())
         self._parts.callback(nodes.close)
-        _wait(nodes.ready, _SUPERLINK_SECONDS, f"the SuperLink at {address} does not answer")
+        _wait(nodes.ready, self._patience, f"the SuperLink at {address} does not answer")
         executor = flower.superexec_command(address, ca, home)
         supervisor.start(
             Child(
@@ -253,7 +258,7 @@ class Hub:
         self._parts.callback(ingest.stop)
         link.start()
         self._parts.callback(link.stop)
-        if not link.wait_online(_BROKER_SECONDS):
+        if not link.wait_online(self._patience):
             raise CannotStart(
                 f"the broker at {broker.address} does not let the hub in",
                 "check the address, its CA, and the permissions of the user _hub",
