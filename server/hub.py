@@ -67,6 +67,7 @@ ADMIN: Final = "admin"
 """The operator that a new hub has; its token is in ``operator.json``."""
 
 _LOCAL: Final = "127.0.0.1"
+_SUPERLINK_SECONDS: Final = 60.0
 
 
 class Hub:
@@ -79,9 +80,9 @@ class Hub:
         self,
         settings: Settings,
         clock: Callable[[], float] = time.time,
-        patience: float = 30.0,
+        patience: float = 15.0,
     ) -> None:
-        """``patience``: seconds to wait for a broker or SuperLink to let the hub in."""
+        """``patience``: seconds to wait for the broker to let the hub in."""
         self._settings = settings
         self._clock = clock
         self._patience = patience
@@ -214,7 +215,7 @@ class Hub:
                     "superlink",
                     program.argv,
                     ready=Address(_LOCAL, port),
-                    ready_timeout=self._patience,
+                    ready_timeout=_SUPERLINK_SECONDS,
                     environment=program.env,
                 )
             )
@@ -222,7 +223,7 @@ class Hub:
             address = settings.superlink
         nodes = flower.SuperLinkAdmin(address, ca.read_bytes())
         self._parts.callback(nodes.close)
-        _wait(nodes.ready, self._patience, f"the SuperLink at {address} does not answer")
+        _wait(nodes.ready, _SUPERLINK_SECONDS, f"the SuperLink at {address} does not answer")
         executor = flower.superexec_command(address, ca, home)
         supervisor.start(
             Child(
