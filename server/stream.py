@@ -12,6 +12,8 @@ is told at once.
 
 import asyncio
 import secrets
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Final
 
@@ -72,19 +74,20 @@ QUESTIONS: Final = _questions()
 
 Marks = Mapping[Subject, int]
 """How often each subject was seen to change."""
+Answers = tuple[tuple[object, ...], ...]
 
 
 class Changes:
-    """Notices changes of the tables, for all streams of one event loop."""
+    """Notices changes of the tables, for all pages and streams of a hub; for any thread."""
 
     def __init__(self, store: Store, bus: Bus) -> None:
         self.bus = bus
         self._store = store
         self._epoch = secrets.token_hex(4)  # marks of a hub that ran before mean nothing
-        self._seen: dict[Subject, tuple[object, ...]] = {}
+        self._seen: dict[Subject, Answers] = {}
         self._marks: dict[Subject, int] = dict.fromkeys(QUESTIONS, 0)
         self._looked_at = float("-inf")
-        self._lock = asyncio.Lock()
+        self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing = asyncio.Event()
 
@@ -99,38 +102,37 @@ class Changes:
         return self._closing.is_set()
 
     def close(self) -> None:
-        """End all streams, from any thread; a server that waits for them can then stop."""
+        """End all streams; a server that waits for them can then stop."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._closing.set)
         else:
             self._closing.set()
 
-    def mark(self, subjects: Sequence[Subject]) -> str:
-        """Return the mark of ``subjects`` as last seen, without asking the tables."""
-        return self._epoch + "".join(f".{self._marks[subject]}" for subject in subjects)
-
-    async def look(self, *, fresh: bool) -> Marks:
+    def look(self, *, fresh: bool = False) -> Marks:
         """Return the marks, asking the tables if they are older than :data:`INTERVAL`."""
-        self._loop = asyncio.get_running_loop()
-        async with self._lock:
-            if fresh or self._loop.time() - self._looked_at >= INTERVAL:
-                found = await run_in_threadpool(self._ask)
-                for subject, values in found.items():
-                    if self._seen.get(subject) != values:
-                        self._seen[subject] = values
+        with self._lock:
+            if fresh or time.monotonic() - self._looked_at >= INTERVAL:
+                for subject, answers in self._ask().items():
+                    if self._seen.get(subject) != answers:
+                        self._seen[subject] = answers
                         self._marks[subject] += 1
-                self._looked_at = self._loop.time()
-        return dict(self._marks)
+                self._looked_at = time.monotonic()
+            return dict(self._marks)
+
+    def words(self, marks: Marks, subjects: Sequence[Subject]) -> str:
+        """Return the marks of some subjects as text."""
+        return self._epoch + "".join(f".{marks[subject]}" for subject in subjects)
 
     async def wait(self, hint: asyncio.Task[frozenset[Subject]], seconds: float) -> None:
-        """Wait for a hint or the end, at most ``seconds``."""
+        """Wait for a hint or the end, at most ``seconds``; belongs to one event loop."""
+        self._loop = asyncio.get_running_loop()
         end = asyncio.create_task(self._closing.wait())
         try:
             await asyncio.wait({hint, end}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             end.cancel()
 
-    def _ask(self) -> dict[Subject, tuple[object, ...]]:
+    def _ask(self) -> dict[Subject, Answers]:
         with self._store.read() as connection:
             return {
                 subject: tuple(tuple(connection.execute(query).all()) for query in queries)
@@ -152,9 +154,9 @@ async def events(
     with changes.bus.subscribe() as subscription:
         hint = asyncio.create_task(subscription.changed())
         try:
-            marks = await changes.look(fresh=True)
-            if last is None or last != changes.mark(subjects):
-                yield _event(changes.mark(subjects), subjects)
+            marks = await run_in_threadpool(changes.look, fresh=True)
+            if last is None or last != changes.words(marks, subjects):
+                yield _event(changes.words(marks, subjects), subjects)
             else:
                 yield ": here\n\n"
             quiet = 0.0
@@ -163,11 +165,11 @@ async def events(
                 hinted = hint.done()
                 if hinted:
                     hint = asyncio.create_task(subscription.changed())
-                before, marks = marks, await changes.look(fresh=hinted)
+                before, marks = marks, await run_in_threadpool(changes.look, fresh=hinted)
                 changed = [subject for subject in subjects if marks[subject] != before[subject]]
                 if changed:
                     quiet = 0.0
-                    yield _event(changes.mark(subjects), changed)
+                    yield _event(changes.words(marks, subjects), changed)
                     continue
                 quiet += INTERVAL
                 if quiet >= HEARTBEAT:

@@ -93,11 +93,12 @@ class _Web:
     def _show(self, page: Page) -> Callable[[Request], Response]:
         def show(request: Request) -> Response:
             operator = viewer(self.hub, request)
-            mark = self.changes.mark(page.subjects)  # before reading: rather told twice
+            marks = self.changes.look()  # before reading: rather told twice than not at all
+            seen = self.changes.words(marks, page.subjects)
             with self.hub.store.read() as connection:
                 view = page.load(connection, request)
                 open_alerts = web_views.open_alerts(connection)
-            query = urlencode({"about": " ".join(page.subjects), "seen": mark})
+            query = urlencode({"about": " ".join(page.subjects), "seen": seen})
             frame = {
                 "title": page.title,
                 "layout": "fragment.html" if "hx-request" in request.headers else "layout.html",

@@ -100,14 +100,17 @@ def alerts(connection: Connection) -> View:
 
 
 def audit(connection: Connection) -> View:
-    """Return the newest entries, and the Merkle root after checking every entry."""
+    """Return the newest entries, and the Merkle root after checking every entry.
+
+    Of a log that does not match its hashes no entry is shown.
+    """
     broken, size, root = None, 0, b""
     try:
         size, root = audit_log.verify(connection)
     except audit_log.AuditBroken as error:
         broken = str(error)
     return {
-        "entries": audit_log.entries(connection, limit=PAGE, newest_first=True),
+        "entries": [] if broken else audit_log.entries(connection, limit=PAGE, newest_first=True),
         "size": size,
         "root": root.hex(),
         "broken": broken,

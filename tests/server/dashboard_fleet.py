@@ -4,8 +4,6 @@ Ten people's watches serve a release; ``watch-07`` is worn the wrong way round s
 """
 
 import socket
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,7 +11,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import uvicorn
 from atoll.fleet.authority import Authority
 from atoll.fleet.counts import pack_all
 from atoll.fleet.features import FeatureSpec, features
@@ -25,7 +22,7 @@ from atoll.server.events import Bus
 from atoll.server.operator_api import create_operator_app
 from atoll.server.settings import Settings
 from atoll.server.store import Store, sqlite_url
-from atoll.server.stream import Changes
+from atoll.server.tls_app import WebServer
 from atoll.server.watch_rules import Rules
 from atoll.server.web import mount
 from sqlalchemy import insert, update
@@ -403,27 +400,15 @@ def running(hub: HubContext, rounds: int = 5) -> str:
 
 
 @contextmanager
-def served(hub: HubContext) -> Iterator[tuple[str, Changes]]:
-    """Serve API and dashboard with uvicorn on a free port; give the URL.
-
-    Leaving the block fails if the server does not stop within seconds, streams open or not.
-    """
+def served(hub: HubContext, port: int = 0) -> Iterator[str]:
+    """Serve API and dashboard as the hub does, on a free port if none is given; give the URL."""
     app = create_operator_app(hub)
     changes = mount(app, hub, RULES)
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 20
-    while not server.started:
-        assert time.monotonic() < deadline
-        assert thread.is_alive()
-        time.sleep(0.02)
+    server = WebServer(app, socket.create_server(("127.0.0.1", port)), name="operator")
+    server.start()
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", changes
+        yield f"http://127.0.0.1:{server.port}"
     finally:
         changes.close()
-        server.should_exit = True
-        thread.join(10)
-        listener.close()
-        assert not thread.is_alive(), "the server hangs on an open stream"
+        server.stop()
+        assert not server.alive

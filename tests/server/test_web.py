@@ -1,0 +1,525 @@
+"""The dashboard over HTTP: who gets in, what pages say, what forms may do, how streams end."""
+
+import json
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from atoll.federation.plan import Privacy
+from atoll.privacy.accounting import Gaussian, Unnoised, spent
+from atoll.server import auth, schema
+from atoll.server.sessions import CODE_SECONDS, SESSION_SECONDS, new_login_code
+from atoll.server.web_access import local_path
+from atoll.server.web_charts import HEIGHT, WIDTH, bars, plot
+from atoll.server.web_format import FILTERS, TONES, ago
+from atoll.server.web_loop import Facts, steps
+from atoll.server.web_privacy import account, sentence
+from atoll.server.web_runs import accuracy_table, stages
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlalchemy import select, update
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from dashboard_fleet import (  # after the path
+    DRIFTED,
+    NOW,
+    RELEASED_RUN,
+    add_operators,
+    add_rounds,
+    new_hub,
+    running,
+    seed,
+    served,
+)
+
+PAGES = ("/", "/devices", "/models", "/runs", "/alerts", "/privacy", "/audit")
+
+
+class Clock:
+    """A clock that stands until it is set."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory):
+    """A hub after the loop has gone round, served: hub, URL and tokens by role."""
+    hub = new_hub(tmp_path_factory.mktemp("hub"))
+    tokens = seed(hub)
+    with served(hub) as url:
+        yield hub, url, tokens
+
+
+@pytest.fixture
+def empty(tmp_path):
+    """A hub that was just started, served: hub, URL, tokens by role and the clock."""
+    clock = Clock()
+    hub = new_hub(tmp_path, clock)
+    tokens = add_operators(hub)
+    with served(hub) as url:
+        yield hub, url, tokens, clock
+
+
+@contextmanager
+def signed_in(url: str, token: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, headers={"Origin": url}) as client:
+        answer = client.post("/login", data={"token": token})
+        assert answer.status_code == 303, answer.text
+        yield client
+
+
+def proposed(hub) -> str:
+    with hub.store.read() as connection:
+        query = select(schema.runs.c.id).where(schema.runs.c.state == "proposed")
+        return connection.execute(query).scalar_one()
+
+
+def pages_of(hub) -> list[str]:
+    return [
+        *PAGES,
+        f"/devices/{DRIFTED}",
+        "/devices/watch-11",
+        f"/runs/{RELEASED_RUN}",
+        f"/runs/{proposed(hub)}",
+    ]
+
+
+def test_without_a_session_every_page_leads_to_the_login(seeded):
+    hub, url, _ = seeded
+    for path in pages_of(hub):
+        answer = httpx.get(url + path)
+        assert answer.status_code == 303
+        assert answer.headers["location"].startswith("/login?next=")
+    assert httpx.get(url + "/events").status_code == 401
+    assert httpx.get(url + "/", headers={"HX-Request": "true"}).headers["hx-redirect"]
+
+
+def test_every_page_is_whole_and_holds_nothing_inline(seeded):
+    hub, url, tokens = seeded
+    with signed_in(url, tokens["viewer"]) as client:
+        for path in pages_of(hub):
+            answer = client.get(path)
+            assert answer.status_code == 200, path
+            policy = answer.headers["content-security-policy"]
+            assert "default-src 'none'" in policy
+            assert "unsafe" not in policy
+            assert not re.search(r"<script(?![^>]*\bsrc=\"/static/)", answer.text), path
+            assert not re.search(r"<style|\sstyle=|\son[a-z]+=\"|https?://(?!127)", answer.text), (
+                path
+            )
+            for address in re.findall(r"(?:src|href)=\"(/static/[^\"]+)\"", answer.text):
+                file = client.get(address)
+                assert file.status_code == 200
+                assert "immutable" in file.headers["cache-control"]
+
+
+def test_a_fragment_is_the_page_without_its_frame(seeded):
+    _, url, tokens = seeded
+    with signed_in(url, tokens["viewer"]) as client:
+        whole = client.get("/devices").text
+        part = client.get("/devices", headers={"HX-Request": "true"}).text
+        assert part.startswith('<div id="app"')
+        assert "<html" not in part
+        assert part.strip() in re.sub(r"\s+(?=</body>)", "", whole)
+
+
+def test_pages_say_what_the_tables_hold(seeded):
+    _, url, tokens = seeded
+    with signed_in(url, tokens["viewer"]) as client:
+        overview = client.get("/").text
+        assert "1 of 10 devices; a run is proposed" in overview
+        assert "waits for approval" in overview
+        assert f"{DRIFTED} drifts" in client.get("/alerts").text
+        device = client.get(f"/devices/{DRIFTED}").text
+        assert device.count("<figure") == 14
+        assert "its first 150 rows" in device
+        assert "everyone" in device
+        run = client.get(f"/runs/{RELEASED_RUN}").text
+        assert "97.14" in run
+        assert "int8-close" in run
+        plots = re.findall(r"data-plot=\"([^\"]+)\"", run)
+        assert len(plots) == 3
+        assert len(json.loads(plots[0].replace("&#34;", '"'))["x"]) == 12
+        assert "every entry matches" in client.get("/audit").text
+        assert "shoulder 1" in client.get("/models").text
+
+
+def test_empty_pages_say_what_to_type(empty):
+    _, url, tokens, _ = empty
+    told = {
+        "/": "atoll device token",
+        "/devices": "atoll-agent enrol --token",
+        "/models": "atoll model publish",
+        "/runs": "atoll plan run",
+        "/alerts": "No alert is open",
+        "/privacy": "Nothing has been charged",
+        "/audit": "Nothing has been recorded",
+    }
+    with signed_in(url, tokens["viewer"]) as client:
+        for path, words in told.items():
+            answer = client.get(path)
+            assert answer.status_code == 200
+            assert words in answer.text
+
+
+def test_what_is_not_there_is_a_page_with_a_remedy(seeded):
+    _, url, tokens = seeded
+    with signed_in(url, tokens["viewer"]) as client:
+        for path in ("/nothing", "/devices/nobody", "/runs/none", "/static/none.js"):
+            answer = client.get(path)
+            assert answer.status_code == 404
+            assert "What to do:" in answer.text
+            assert "<script" not in client.get("/devices/<script>").text
+
+
+def test_a_wrong_token_lets_nobody_in(empty):
+    _, url, tokens, _ = empty
+    answer = httpx.post(url + "/login", data={"token": "atollop_no"}, headers={"Origin": url})
+    assert answer.status_code == 401
+    assert "set-cookie" not in answer.headers
+    assert "unknown or was revoked" in answer.text
+    assert tokens["admin"] not in answer.text
+
+
+def test_the_cookie_is_out_of_reach_of_scripts_and_other_sites(empty):
+    hub, url, tokens, clock = empty
+    answer = httpx.post(url + "/login", data={"token": tokens["viewer"]}, headers={"Origin": url})
+    cookie = answer.headers["set-cookie"].lower()
+    assert "httponly" in cookie
+    assert "samesite=strict" in cookie
+    secret = answer.cookies["atoll_session"]
+    with hub.store.read() as connection:
+        kept = connection.execute(select(schema.sessions)).one()
+    assert secret not in map(str, kept)
+
+    with signed_in(url, tokens["viewer"]) as client:
+        assert client.get("/").status_code == 200
+        clock.now += SESSION_SECONDS + 1
+        assert client.get("/").status_code == 303
+
+
+def test_a_login_link_works_once_and_not_for_long(empty):
+    hub, url, _, clock = empty
+    with hub.store.begin() as connection:
+        code, late = (new_login_code(connection, "admin", clock.now) for _ in range(2))
+    with httpx.Client(base_url=url) as client:
+        answer = client.get("/login", params={"code": code})
+        assert answer.headers["refresh"] == "0; url=/"
+        assert client.get("/").status_code == 200
+    again = httpx.get(url + "/login", params={"code": code})
+    assert again.status_code == 401
+    assert "set-cookie" not in again.headers
+    clock.now += CODE_SECONDS + 1
+    assert httpx.get(url + "/login", params={"code": late}).status_code == 401
+
+
+def test_signing_out_and_being_revoked_end_the_session(empty):
+    hub, url, tokens, clock = empty
+    with signed_in(url, tokens["viewer"]) as client:
+        kept = dict(client.cookies)
+        assert client.post("/logout").status_code == 303
+        assert httpx.get(url + "/", cookies=kept).status_code == 303
+    with signed_in(url, tokens["operator"]) as client:
+        with hub.store.begin() as connection:
+            auth.revoke(connection, "operator", clock.now)
+        assert client.get("/").status_code == 303
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ],
+)
+def test_a_form_from_elsewhere_is_refused(seeded, headers):
+    hub, url, tokens = seeded
+    run = proposed(hub)
+    with signed_in(url, tokens["approver"]) as client:
+        del client.headers["Origin"]
+        answer = client.post(f"/runs/{run}/approve", headers=headers)
+        assert answer.status_code == 403
+        assert "not sent from this dashboard" in answer.text
+    assert proposed(hub) == run
+
+
+def test_roles_bound_what_forms_do(tmp_path):
+    hub = new_hub(tmp_path)
+    tokens = seed(hub)
+    run = proposed(hub)
+    with hub.store.read() as connection:
+        alert = connection.execute(
+            select(schema.alerts.c.id).where(schema.alerts.c.kind == "drift")
+        ).scalar_one()
+    with served(hub) as url:
+        with signed_in(url, tokens["viewer"]) as client:
+            assert "<button" not in client.get(f"/runs/{run}").text.partition("<main")[2]
+            assert "Acknowledge" not in client.get("/alerts").text
+            for path in (f"/runs/{run}/approve", f"/runs/{run}/cancel"):
+                assert client.post(path).status_code == 403
+            assert client.post(f"/alerts/{alert}/acknowledge").status_code == 403
+        with signed_in(url, tokens["operator"]) as client:
+            assert client.post(f"/runs/{run}/approve").status_code == 403
+            assert client.post(f"/alerts/{alert}/acknowledge").status_code == 303
+            assert "by operator" in client.get("/alerts").text
+            assert client.post("/alerts/9999/acknowledge").status_code == 404
+        with signed_in(url, tokens["approver"]) as client:
+            assert client.post(f"/runs/{run}/approve").status_code == 303
+            assert client.post(f"/runs/{run}/approve").status_code == 409
+            assert client.post(f"/runs/{run}/cancel").status_code == 303
+            audit = client.get("/audit").text
+    with hub.store.read() as connection:
+        row = connection.execute(select(schema.runs).where(schema.runs.c.id == run)).one()
+    assert (row.state, row.approved_by) == ("cancelled", "approver")
+    for action in ("run.propose", "run.approve", "run.cancel", "alert.acknowledge"):
+        assert action in audit
+
+
+def lines_until(
+    client: httpx.Client, path: str, wanted: str, act, seconds: float = 15
+) -> list[str]:
+    """Read a stream until ``wanted`` comes; call ``act`` when it is open."""
+    seen: list[str] = []
+    deadline = time.monotonic() + seconds
+    with client.stream("GET", path, timeout=seconds) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        for line in answer.iter_lines():
+            if not seen:
+                act()
+            seen.append(line)
+            if line.startswith(wanted):
+                return seen
+            assert time.monotonic() < deadline
+    raise AssertionError(f"the stream ended without {wanted!r}: {seen}")
+
+
+def test_the_stream_tells_of_a_round_that_another_process_wrote(tmp_path):
+    hub = new_hub(tmp_path)
+    token = seed(hub)["viewer"]
+    run = running(hub, rounds=1)
+
+    def another_round() -> None:
+        with hub.store.begin() as connection:
+            add_rounds(connection, run, range(2, 3), NOW)
+
+    with served(hub) as url, signed_in(url, token) as client:
+        page = client.get(f"/runs/{run}").text
+        address = re.search(r"hx-sse:connect=\"([^\"]+)\"", page)
+        assert address
+        path = address[1].replace("&amp;", "&")
+        first = lines_until(client, path, "data: runs", another_round)
+        mark = next(line for line in first if line.startswith("id: "))[4:]
+
+        # Whoever saw that mark is told nothing; whoever saw an older one is told at once.
+        with client.stream("GET", path, headers={"Last-Event-ID": mark}, timeout=15) as answer:
+            assert next(answer.iter_lines()) == ": here"
+        lines_until(client, "/events?about=runs&seen=older", "data: runs", lambda: None)
+
+
+def test_a_server_with_open_streams_stops_within_seconds(tmp_path):
+    hub = new_hub(tmp_path)
+    token = add_operators(hub)["viewer"]
+    ended = threading.Event()
+
+    with ExitStack() as held:
+        with served(hub) as url:
+            client = held.enter_context(signed_in(url, token))
+            opened = threading.Event()
+
+            def listen() -> None:
+                with client.stream("GET", "/events?about=runs", timeout=30) as answer:
+                    for _line in answer.iter_lines():
+                        opened.set()
+                ended.set()
+
+            reader = threading.Thread(target=listen, daemon=True)
+            reader.start()
+            assert opened.wait(10)
+            asked = time.monotonic()
+        assert time.monotonic() - asked < 2, "the server waited for the stream"
+        assert ended.wait(10)
+        reader.join(10)
+
+
+def test_an_altered_audit_log_is_said_to_be_broken(tmp_path):
+    hub = new_hub(tmp_path)
+    token = seed(hub)["viewer"]
+    with hub.store.begin() as connection:
+        connection.execute(
+            update(schema.audit).where(schema.audit.c.index == 1).values(entry=b"{}")
+        )
+    with served(hub) as url, signed_in(url, token) as client:
+        answer = client.get("/audit")
+        assert answer.status_code == 200
+        assert "Entry 1 of the audit log is missing or was altered" in answer.text
+
+
+@given(st.text(max_size=40))
+def test_a_login_never_leads_to_another_site(wanted):
+    path = local_path(wanted)
+    assert path.startswith("/")
+    assert not path.startswith("//")
+    assert "\\" not in path
+    assert path.isprintable()
+
+
+def test_local_paths_are_kept():
+    assert local_path("/runs/abc") == "/runs/abc"
+    assert local_path("//evil.example") == "/"
+    assert local_path("https://evil.example/") == "/"
+
+
+counts = st.lists(st.integers(0, 1000), min_size=1, max_size=66)
+
+
+@settings(max_examples=60)
+@given(st.lists(counts, min_size=1, max_size=3))
+def test_bars_stay_in_the_drawing_and_share_one_scale(histograms):
+    drawn = bars(histograms)
+    assert len(drawn) == len(histograms)
+    for histogram, rects in zip(histograms, drawn, strict=True):
+        assert len(rects) <= len(histogram)
+        for bar in rects:
+            assert 0 <= bar.x <= bar.x + bar.width <= WIDTH + 0.02 * len(histogram)
+            assert 0 <= bar.y <= bar.y + bar.height <= HEIGHT + 0.02
+    if any(map(sum, histograms)):
+        assert max(bar.height for rects in drawn for bar in rects) == HEIGHT
+
+
+def test_a_plot_leaves_out_what_is_not_finite():
+    text = plot([1, 2, 3], {"ε": [1.0, float("inf"), None]}, x_label="round")
+    assert json.loads(text)["series"][0]["y"] == [1.0, None, None]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("num", 37.283, "37.3"),
+        ("num", 0.8, "0.800"),
+        ("num", 1e-5, "1e-5"),
+        ("num", 60.0, "60"),
+        ("num", float("inf"), "∞"),
+        ("num", None, "–"),
+        ("num", 1234.5, "1234"),
+        ("size", 0, "0 B"),
+        ("size", 1536, "1.5 KiB"),
+        ("size", 3 * 1024**5, "3072.0 TiB"),
+        ("percent", 0.9714, "97.1\u202f%"),
+        ("duration", 4.24, "4.2 s"),
+        ("duration", 160, "2 min 40 s"),
+        ("duration", 7500, "2 h 5 min"),
+        ("moment", 0.0, "1970-01-01 00:00:00"),
+        ("label", "gated", "waits for signing"),
+        ("tone", "drifted", "bad"),
+        ("tone", "unheard of", "idle"),
+    ],
+)
+def test_values_are_said_briefly(name, value, said):
+    assert FILTERS[name](value) == said
+
+
+def test_times_are_said_by_distance():
+    assert [ago(NOW - s, NOW) for s in (0, 59, 60, 7200, 200_000)] == [
+        "now",
+        "59 s ago",
+        "1 min ago",
+        "2 h ago",
+        "2 days ago",
+    ]
+    assert ago(NOW + 3700, NOW) == "in 1 h"
+    assert ago(None, NOW) == "never"
+
+
+def test_every_step_of_the_loop_has_a_known_state():
+    def words(facts: Facts) -> list[str]:
+        found = steps(facts)
+        assert [step.name for step in found] == [
+            "Train",
+            "Gate",
+            "Sign",
+            "Roll out",
+            "Serve",
+            "Watch",
+        ]
+        assert all(step.state in TONES for step in found)
+        return [step.state for step in found]
+
+    nothing = Facts(run=None, rounds=0, release=None, rollout=None, devices=[], proposed=False)
+    assert words(nothing) == ["idle"] * 6
+    run = {"id": "r", "name": "p", "rounds": 4, "stage": "train", "reason": "", "gates": []}
+    training = Facts(
+        run=run | {"state": "running"}, rounds=2, release=None, rollout=None, devices=[],
+        proposed=False,
+    )  # fmt: skip
+    assert words(training)[:3] == ["running", "waiting", "idle"]
+    gated = Facts(
+        run=run | {"state": "gated", "gates": [{"passed": True}, {"passed": True}]},
+        rounds=4, release=None, rollout=None, devices=[], proposed=False,
+    )  # fmt: skip
+    assert words(gated)[:3] == ["done", "passed", "gated"]
+    assert steps(gated)[1].text == "2 of 2 gates hold"
+    device = {
+        "id": "a", "model": "m", "release": 1, "serving_state": "serving", "drift_state": "drifted",
+    }  # fmt: skip
+    served_ = Facts(
+        run=run | {"state": "published"}, rounds=4,
+        release={"model": "m", "release": 1},
+        rollout={"model": "m", "release": 1, "state": "done", "reason": "", "targets": ["a", "b"]},
+        devices=[device, device | {"id": "b", "drift_state": "stable"}], proposed=True,
+    )  # fmt: skip
+    assert words(served_) == ["done", "passed", "published", "done", "serving", "drifted"]
+    assert steps(served_)[5].text == "1 of 2 devices; a run is proposed"
+
+
+def test_stages_before_the_present_one_are_done():
+    found = dict(stages({"stage": "export", "state": "running"}))
+    assert (found["train"], found["export"], found["gate"]) == ("done", "running", "later")
+    assert set(dict(stages({"stage": "gate", "state": "published"})).values()) == {"done"}
+
+
+def test_accuracy_is_read_either_way_round():
+    by_split = {"known": {"float": 0.9, "int8": 0.8}}
+    by_precision = {"float": {"known": 0.9}, "int8": {"known": 0.8}}
+    assert accuracy_table({"accuracy": by_split}) == by_split
+    assert accuracy_table({"accuracy": by_precision}) == by_split
+    assert accuracy_table({"accuracy": "none"}) == {}
+
+
+def test_the_privacy_page_names_the_cohort_that_would_make_epsilon_one():
+    events = [Gaussian(0.8)] * 12
+    said = sentence(events, spent(events, 1e-5), cohort=8)
+    named = re.search(r"takes about ([\d,]+) devices", said)
+    assert named
+    devices = int(named[1].replace(",", ""))
+    # The same noise on a mean of so many devices is this much larger on the sum.
+    larger = [Gaussian(0.8 * devices / 8)] * 12
+    assert spent(larger, 1e-5).epsilon_pld <= 1.0
+    smaller = [Gaussian(0.8 * (devices - 2) / 8)] * 12
+    assert spent(smaller, 1e-5).epsilon_pld > 1.0
+
+
+def test_a_sum_without_noise_has_no_epsilon():
+    noised = {"kind": "gaussian", "noise_multiplier": 2.0, "sampling": None}
+    charges = [
+        {"charge": "r/1", "event": noised, "at": 1.0},
+        {"charge": "r/2", "event": {"kind": "unnoised"}, "at": 2.0},
+    ]  # fmt: skip
+    found = account("all", charges, Privacy(), cohort=8)
+    assert found["unnoised"]
+    assert "no ε bounds" in found["sentence"]
+    assert found["charges"][0]["epsilon"] == pytest.approx(spent([Gaussian(2.0)], 1e-5).epsilon_pld)
+    assert "1 of 2 sums" in sentence([Gaussian(2.0), Unnoised()], spent([Unnoised()], 1e-5), None)
