@@ -17,13 +17,23 @@ from atoll.edge_agent.outbox import Outbox
 from atoll.edge_agent.paths import Paths, default_data, running
 from atoll.fleet.errors import FleetError
 
-EPILOG = "Exit status: 0 done · 1 a problem, told in one sentence · 2 wrong usage"
+# Typer joins single lines of an epilog and keeps paragraphs: one row of the table each.
+EPILOG = "\n\n".join(
+    (
+        "| Exit status | meaning |",
+        "|---|---|",
+        "| 0 | done |",
+        "| 1 | a problem, told in one sentence |",
+        "| 2 | wrong usage |",
+    )
+)
 
 app = typer.Typer(
     name="atoll-agent",
     help="The Atoll agent: serves, watches and trains on this device.",
     epilog=EPILOG,
     no_args_is_help=True,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 
@@ -140,7 +150,7 @@ def _status(paths: Paths) -> dict[str, object]:
         "outbox_waiting": counts.waiting if counts else 0,
         "outbox_bytes": counts.bytes if counts else 0,
         "outbox_dropped": counts.dropped if counts else 0,
-        "last_error": known.last_error,
+        "last_error": (known.link_error if alive else None) or known.last_error,
     }
 
 

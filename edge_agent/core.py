@@ -83,6 +83,7 @@ class State:
     """The desired version that failed for good, and why."""
     serving: Child = Child()
     trainer: Child = Child()
+    link: Literal["waiting", "connecting", "up"] = "waiting"
     link_failures: int = 0
     renew_failures: int = 0
     reported: Reported | None = None
@@ -133,16 +134,16 @@ def step(state: State, event: Input) -> Step:
 def _react(state: State, event: Input) -> Step:  # noqa: C901  # one arm per kind of event
     match event:
         case Begin(desired, installed):
-            state = replace(state, desired=desired, installed=installed)
+            state = replace(state, desired=desired, installed=installed, link="connecting")
             return state, [Connect(), After("renew", 0.0)]
         case LinkUp():
             actions: list[Action] = [Announce()]
             if state.reported is not None:
                 actions.append(Report(state.reported))
-            return replace(state, link_failures=0), actions
+            return replace(state, link="up", link_failures=0), actions
         case LinkDown():
             failures = state.link_failures + 1
-            state = replace(state, link_failures=failures)
+            state = replace(state, link="waiting", link_failures=failures)
             return state, [After("link", backoff(failures, LINK_LIMIT))]
         case Wanted(desired):
             if state.desired is not None and desired.version <= state.desired.version:
@@ -161,6 +162,7 @@ def _react(state: State, event: Input) -> Step:  # noqa: C901  # one arm per kin
         case Renewed(due_in, new):
             actions = [After("renew", max(due_in, RENEW_AGAIN))]
             if new:
+                state = replace(state, link="connecting")
                 actions.append(Connect())
             return replace(state, renew_failures=0), actions
         case RenewFailed(error):
@@ -270,7 +272,9 @@ def _child_up(state: State, part: ChildPart) -> Step:
 def _due(state: State, part: Part) -> Step:
     match part:
         case "link":
-            return state, [Connect()]
+            if state.link != "waiting":  # a renewal has brought a new connection meanwhile
+                return state, []
+            return replace(state, link="connecting"), [Connect()]
         case "renew":
             return state, [Renew()]
         case "fetch":

@@ -21,10 +21,10 @@ QUOTA: Final = 16 * 1024 * 1024
 _PLACES: Final[dict[type[wire.Body], tuple[int, Leaf]]] = {
     wire.Birth: (0, "status"),
     wire.Death: (0, "status"),
-    wire.Reported: (0, "reported"),
-    wire.Event: (1, "event"),
-    wire.Window: (2, "telemetry"),
-    wire.Health: (3, "telemetry"),
+    wire.Reported: (1, "reported"),
+    wire.Event: (2, "event"),
+    wire.Window: (3, "telemetry"),
+    wire.Health: (4, "telemetry"),
 }
 """Body → (priority: lower is sent first and dropped last, leaf)."""
 

@@ -151,8 +151,10 @@ def test_nothing_wanted_means_nothing_served():
 
 
 def test_a_new_certificate_is_shown_to_the_broker_at_once():
-    _, done = play([on.Renewed(10.0, new=True)])
+    state, done = play([on.LinkDown("away"), on.Renewed(10.0, new=True)])
     assert do.Connect() in done
+    # The timer of the connection that failed must not disturb the new one.
+    assert step(state, on.Due("link"))[1] == []
     _, done = play([on.Renewed(10.0, new=False)])
     assert do.Connect() not in done
 
@@ -162,7 +164,8 @@ def test_the_link_is_tried_again_with_growing_patience():
     for _ in range(9):
         state, done = play([on.LinkDown("refused")], state)
         delays += [one.delay for one in done if isinstance(one, do.After)]
-        assert step(state, on.Due("link"))[1] == [do.Connect()]
+        state, done = step(state, on.Due("link"))
+        assert done == [do.Connect()]
     assert delays[:4] == [1, 2, 4, 8]
     assert delays[-1] == core.LINK_LIMIT
 

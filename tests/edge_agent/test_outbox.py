@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from atoll.edge_agent.database import Database
-from atoll.edge_agent.errors import AgentError, DataUnwritable
+from atoll.edge_agent.errors import AgentError, DataUnwritable, DiskFull
 from atoll.edge_agent.outbox import Outbox
 from atoll.fleet import wire
 from hypothesis import HealthCheck, given, settings
@@ -55,15 +55,16 @@ def test_a_message_stays_until_it_is_settled(outbox):
     assert outbox.counts() == (0, 0, 0)
 
 
-def test_events_go_before_windows_and_windows_before_health(outbox):
+def test_births_go_first_and_events_before_windows_before_health(outbox):
     outbox.enqueue(health(), 0.0)
     outbox.enqueue(window(), 0.0)
     outbox.enqueue(event(), 0.0)
+    outbox.enqueue(wire.Reported(desired_version=1, model=None, release=None, state="idle"), 0.0)
     outbox.enqueue(wire.Birth(boot=1, agent_version="0"), 0.0)
     kinds = [
         type(wire.decode(item.payload, wire.Envelope).body).__name__ for item in outbox.waiting(9)
     ]
-    assert kinds == ["Birth", "Event", "Window", "Health"]
+    assert kinds == ["Birth", "Reported", "Event", "Window", "Health"]
 
 
 def test_only_status_is_retained(outbox):
@@ -273,3 +274,17 @@ def test_settling_what_is_gone_changes_nothing(ids):
         assert {item.id for item in box.waiting(5)} == kept
         assert (box.counts().bytes == 0) == (not kept)
         database.close()
+
+
+def test_a_full_disk_is_told_and_nothing_is_half_written(outbox):
+    outbox.enqueue(event(), 0.0)
+    before = outbox.counts()
+    connection = outbox._database._connection
+    pages = connection.execute("PRAGMA page_count").fetchone()[0]
+    connection.execute(f"PRAGMA max_page_count={pages}")
+    with pytest.raises(DiskFull, match="free some space"):
+        outbox.enqueue(event(100_000), 0.0)
+    assert outbox.counts() == before
+    connection.execute("PRAGMA max_page_count=1000000")
+    assert outbox.enqueue(event(), 0.0)
+    assert idents(outbox) == [(1, 1), (1, 2)]
