@@ -26,8 +26,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
+from atoll.fleet.authority import Authority
 from atoll.fleet.files import PUBLIC, write_atomic
-from atoll.fleet.identity import Authority
 from atoll.fleet.topics import check_device_id
 from atoll.server.broker import (
     HUB_USER,

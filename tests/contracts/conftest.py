@@ -1,5 +1,6 @@
 """Real brokers with real certificates on loopback, and MQTT clients that record what they hear."""
 
+import os
 import queue
 import shutil
 import socket
@@ -13,9 +14,9 @@ from pathlib import Path
 import pytest
 from atoll.fleet.identity import HUB_SERVICE, Authority, Identity, peer_of
 from atoll.server.broker import Broker, TlsFiles
-from atoll.server.brokers import open_broker
+from atoll.server.brokers import ExternalBroker, open_broker
 from atoll.server.mosquitto import find_program
-from atoll.server.supervisor import Address, Supervisor
+from atoll.server.supervisor import Address, Child, Supervisor
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
@@ -239,6 +240,25 @@ def mosquitto() -> None:
     if shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin") is None:
         pytest.skip("mosquitto is not installed (apt install mosquitto)")
     find_program()
+
+
+@pytest.fixture
+def external(tmp_path: Path, pki: Pki, mosquitto: None) -> Iterator[World]:
+    """A broker that its own operator has set up from the files that the hub wrote for it."""
+    home = tmp_path / "broker"
+    address = Address("127.0.0.1", free_port())
+    broker = ExternalBroker(f"mqtts://{address}", home, pki.authority)
+    broker.write_config(["reef", "sandbar"])
+    if os.geteuid() == 0:  # it would become the user mosquitto, who cannot enter our directory
+        with (home / "mosquitto.conf").open("a") as file:
+            file.write("user root\n")
+    command = [str(find_program()), "-c", "mosquitto.conf"]
+    with Supervisor(tmp_path / "logs") as supervisor:
+        supervisor.start(Child("broker", command, ready=address, directory=home))
+        made = World("external", broker, supervisor, pki)
+        yield made
+        for client in made.clients:
+            client.leave()
 
 
 @pytest.fixture(params=["nats", "mosquitto"])

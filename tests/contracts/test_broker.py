@@ -1,5 +1,6 @@
 """What every broker must do, whichever program it is: one suite, run against each of them."""
 
+import signal
 from datetime import timedelta
 from pathlib import Path
 
@@ -275,6 +276,29 @@ def test_what_the_hub_has_not_acknowledged_comes_again(world):
     again = world.hub(clean=False, manual_ack=True)
     assert {again.next().payload, again.next().payload} == {b"not committed", b"third"}
     assert again.messages.empty()
+
+
+def test_a_broker_set_up_from_the_files_we_write_for_it_grants_the_same(external):
+    hub, reef, sandbar = (
+        listening_hub(external),
+        external.device("reef"),
+        external.device("sandbar"),
+    )
+    reef.subscribe("#", 1)
+    hub.publish("atoll/v1/sandbar/desired", b"secret", retain=True)
+    hub.publish("atoll/v1/reef/desired", FENCE, retain=True)
+    assert reef.next().payload == FENCE
+    reef.publish("atoll/v1/sandbar/event", b"forged")
+    reef.publish("atoll/v1/reef/event", FENCE)
+    assert hub.next().payload == FENCE
+    external.refuses(None, "reef")
+    mine = credentials(external, "reef")
+    reef.leave()
+    external.broker.write_config(["sandbar"], [external.pki.serial(mine)])
+    external.supervisor.signal("broker", signal.SIGHUP)  # its operator's part
+    sandbar.publish("atoll/v1/sandbar/event", FENCE)
+    assert hub.next().payload == FENCE
+    external.refuses(mine, "reef")
 
 
 def acknowledged(mqtt) -> bool:

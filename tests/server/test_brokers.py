@@ -7,7 +7,7 @@ import socket
 import ssl
 import subprocess
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -118,6 +118,14 @@ def test_an_external_brokers_operator_finds_what_to_configure(tmp_path, authorit
     revoked = x509.load_pem_x509_crl((tmp_path / "revoked.crl").read_bytes())
     assert revoked.get_revoked_certificate_by_serial_number(0x0A1B) is not None
     assert broker.child() is None
+    certificate = (tmp_path / "server.pem").read_bytes()
+    broker.write_config([])
+    assert (tmp_path / "server.pem").read_bytes() == certificate  # only renewed when it is due
+    later = ExternalBroker(
+        "mqtts://broker.example", tmp_path, authority, lambda: NOW + timedelta(days=300)
+    )
+    later.write_config([])
+    assert (tmp_path / "server.pem").read_bytes() != certificate
 
 
 def test_each_revocation_list_is_signed_and_newer_than_the_last(tmp_path, authority):

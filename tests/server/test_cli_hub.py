@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -91,6 +92,20 @@ def test_a_hub_that_is_killed_leaves_no_process_and_starts_again(hub, wait_until
         assert again.wait(30) == 0
 
 
+@pytest.mark.skipif(
+    shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin") is None,
+    reason="mosquitto is not installed (apt install mosquitto)",
+)
+def test_a_hub_can_have_mosquitto_started(tmp_path):
+    command = [*PROGRAM, "--data", str(tmp_path / "data"), *PORTS, "--broker", "mosquitto"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("Dashboard")
+        below = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(process.pid)]
+        assert any(b"mosquitto" in command for command in below)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+
+
 def refused(data, *options):
     """Run a hub that cannot start; return what it says on its way out."""
     began = time.monotonic()
@@ -132,6 +147,7 @@ def test_a_broker_that_is_none_is_told(tmp_path):
     assert "mqtts://host:port" in refused(tmp_path / "data", "--broker", "emqx")
 
 
+@pytest.mark.long
 def test_a_broker_that_does_not_answer_is_told(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
