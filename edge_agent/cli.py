@@ -18,15 +18,14 @@ from atoll.edge_agent.paths import Paths, default_data, running
 from atoll.fleet.errors import FleetError
 
 # Typer joins single lines of an epilog and keeps paragraphs: one row of the table each.
-EPILOG = "\n\n".join(
-    (
-        "| Exit status | meaning |",
-        "|---|---|",
-        "| 0 | done |",
-        "| 1 | a problem, told in one sentence |",
-        "| 2 | wrong usage |",
-    )
+_STATUSES = (
+    "| Exit status | meaning |",
+    "|---|---|",
+    "| 0 | done |",
+    "| 1 | a problem, told in one sentence |",
+    "| 2 | wrong usage |",
 )
+EPILOG = "\n\n".join(_STATUSES)
 
 app = typer.Typer(
     name="atoll-agent",

@@ -115,7 +115,6 @@ def test_installs_serves_watches_updates_refuses_and_says_goodbye(paths, hub, br
         wait_until(
             lambda: any(one.rss.get("serving") for one in broker.bodies(wire.Health)), "health"
         )
-        print([one.rss for one in broker.bodies(wire.Health)][-1])  # noqa: T201  # shown with -s
         infer(url, x[:3])
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
