@@ -1,7 +1,8 @@
 """Flower's hub side: what Atoll needs of its internals, in one place.
 
-With :mod:`atoll.federation.warm_node` (the device side) this is all that touches flwr beyond
-its public API; a contract test runs both against a real SuperLink. Written for flwr 1.41
+With the device side (:mod:`atoll.federation.warm_node` over
+:mod:`atoll.federation.fleet_client`) this is all that touches flwr beyond its public API; a
+contract test runs both against a real SuperLink. Written for flwr 1.41
 (Message API, protobuf over HTTP).
 
     superlink_command(...) / superexec_command(...) -> Program(argv, env)
@@ -14,27 +15,21 @@ The SuperLink listens on loopback with TLS, admits registered node keys only, ru
 in processes of their own (``--isolation process``: a SuperExec that the hub starts polls for
 them, so that an external SuperLink works alike), installs nothing at run time and sends
 nothing home.
-
-A run carries an app bundle of one generated ``pyproject.toml`` that names the *installed*
-ServerApp: Flower puts the bundle's directory on ``sys.path`` and then imports the module by
-name, and the bundle holds no module. Its ClientApp entry is never loaded, because warm nodes
-run the installed task.
 """
 
 import functools
 import hashlib
-import io
-import json
 import os
 import ssl
 import sysconfig
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
 import httpx
+from atoll.federation import app_bundle
+from atoll.federation.app_bundle import ConfigValue
 from atoll.federation.errors import LinkError
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
@@ -52,7 +47,6 @@ from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.fab import Fab
 from flwr.supercore.task_identity import TaskIdentity
 
-ConfigValue = bool | int | float | str
 _Result = TypeVar("_Result")
 
 _QUIET: Final = {
@@ -165,7 +159,7 @@ class SuperLinkAdmin:
 
         ``config`` reaches the app as ``context.run_config``.
         """
-        content = _bundle(app, config)
+        content = app_bundle.build(app, config)
         request = StartRunRequest(
             fab=fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {})),
             override_config=user_config_to_proto(dict(config)),
@@ -268,41 +262,6 @@ def answer(
     except Exception as error:  # noqa: BLE001  # whatever a task raises is the device's answer
         reason = f"{type(error).__name__}: {error}"
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
-
-
-def _bundle(app: str, config: Mapping[str, ConfigValue]) -> bytes:
-    """Return a bundle (FAB) naming ``app`` and, as Flower demands, each key of its config.
-
-    The same bytes for the same names: a zip of the project file and a list of digests.
-    """
-    keys = "".join(f"{json.dumps(key)} = {_blank(value)}\n" for key, value in config.items())
-    project = _PROJECT.format(app=json.dumps(app), keys=keys).encode()
-    listing = f"pyproject.toml,{hashlib.sha256(project).hexdigest()},{len(project) * 8}".encode()
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as bundle:
-        for name, content in (("pyproject.toml", project), (".info/CONTENT", listing)):
-            bundle.writestr(zipfile.ZipInfo(name), content)
-    return out.getvalue()
-
-
-_PROJECT: Final = """\
-[project]
-name = "atoll"
-version = "1.0.0"
-
-[tool.flwr.app]
-publisher = "atoll"
-
-[tool.flwr.app.components]
-serverapp = {app}
-clientapp = "atoll.federation.client_app:build"
-
-[tool.flwr.app.config]
-{keys}"""
-
-
-def _blank(value: ConfigValue) -> str:
-    return json.dumps(type(value)())
 
 
 def _script(name: str) -> str:

@@ -19,6 +19,7 @@ class Blobs:
     input_shape = (2,)
     channels = ("x", "y")
     classes = ("left", "right")
+    _loads = 0
 
     def model(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -28,7 +29,10 @@ class Blobs:
     def load(self, data: Path, split: Split) -> Examples:
         if not (data / "seed").exists():
             raise DataMissing(f"no examples in {data}")
-        if (data / "stall").exists():
+        self._loads += 1
+        if (data / "stall-after").exists() and self._loads > int(
+            (data / "stall-after").read_text()
+        ):
             (data / "stalled").touch()
             threading.Event().wait(120)
         rng = np.random.default_rng([int((data / "seed").read_text()), split == "test"])

@@ -167,4 +167,4 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         with running(executor, folder / "superexec.log", **more):
             yield Hub(folder, authority, admin, front)
         front.close()
-    admin.close()
+        admin.close()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 from atoll.federation import parameters, plan, rounds
@@ -52,9 +53,12 @@ def main(grid: Grid, context: Context) -> None:
     nodes = {name: cohort.nodes[name] for name in survivors}
     there = rounds.Cohort(members, survivors, survivors)
     scores = evaluate(grid, there, "blobs", done.weights, "test", 20)
+    started = time.monotonic()
     answers = ask(grid, nodes, "echo", b"ping", 20)
+    seconds = time.monotonic() - started
     result = {
         "rounds": reports,
+        "query_seconds": seconds,
         "ended": done.ended,
         "correct": {name: reply.correct for name, reply in scores.items()},
         "rows": {name: reply.rows for name, reply in scores.items()},

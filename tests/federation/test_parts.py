@@ -1,12 +1,16 @@
 """Weights as vectors, message records, plans, and the exchange's book-keeping."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
-from atoll.federation import messages, parameters, plan, task
-from atoll.federation.errors import BadMessage, BadPlan, TaskMissing
+import torch
+from atoll.federation import messages, parameters, plan, task, training
+from atoll.federation.errors import BadMessage, BadPlan, DataMissing, TaskMissing
 from atoll.federation.flower import TlsFiles, superexec_command, superlink_command
 from blobs import Blobs
 from flwr.app import ConfigRecord, RecordDict
@@ -118,3 +122,57 @@ def test_flowers_programs_send_nothing_home_and_install_nothing(tmp_path: Path) 
     assert "--enable-supernode-auth" in link.argv
     assert "--insecure" not in link.argv
     assert link.argv[link.argv.index("--isolation") + 1] == "process"
+
+
+def test_local_training_steps_as_torchs_own_optimiser_does() -> None:
+    rng = np.random.default_rng(0)
+    examples = task.Examples(
+        rng.normal(size=(32, 2)).astype(np.float32), rng.integers(0, 2, 32).astype(np.int64)
+    )
+    settings_ = plan.Training(local_epochs=3, batch_size=32, learning_rate=0.1, momentum=0.9)
+    start = parameters.flatten(Blobs().model(1))
+    ours = training.train(Blobs().model(0), start, examples, settings_, seed=5)
+
+    model = Blobs().model(1).train()
+    theirs = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
+    for _ in range(3):
+        theirs.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        theirs.step()
+    np.testing.assert_allclose(ours.weights, parameters.flatten(model), atol=1e-5)
+    assert abs(ours.loss - float(loss.detach())) < 1e-5
+
+
+def test_a_trainer_does_not_load_torchs_compiler(tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+import numpy as np
+from atoll.federation import parameters, plan, training
+from blobs import Blobs, write
+data = write(Path(sys.argv[1]), 1)
+start = parameters.flatten(Blobs().model(0))
+training.train(Blobs().model(0), start, Blobs().load(data, "train"), plan.Training(), 1)
+print(sorted({"torch._dynamo", "torch._inductor"} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_examples_is_said_and_a_single_last_row_is_left_out() -> None:
+    start = parameters.flatten(Blobs().model(0))
+    none = task.Examples(np.zeros((0, 2), np.float32), np.zeros(0, np.int64))
+    with pytest.raises(DataMissing):
+        training.train(Blobs().model(0), start, none, plan.Training(), 0)
+    assert training.evaluate(Blobs().model(0), start, none) == (0, 0, 0.0)
+    nine = task.Examples(np.ones((9, 2), np.float32), np.zeros(9, np.int64))
+    done = training.train(Blobs().model(0), start, nine, plan.Training(batch_size=8), 0)
+    assert np.isfinite(done.weights).all()
