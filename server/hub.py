@@ -9,9 +9,7 @@ ended again, in reverse, when a later part cannot start.
 """
 
 import fcntl
-import json
 import logging
-import os
 import signal
 import socket
 import threading
@@ -27,24 +25,13 @@ from atoll.federation import flower
 from atoll.federation.errors import LinkError
 from atoll.fleet.authority import Authority
 from atoll.fleet.errors import FleetError
-from atoll.fleet.files import write_atomic
-from atoll.server import (
-    audit,
-    auth,
-    desired,
-    publishing,
-    repository,
-    rollouts,
-    runs,
-    sessions,
-    watch,
-    web,
-)
+from atoll.server import operator_file, publishing, repository, runs, web
 from atoll.server.broker import Broker
 from atoll.server.brokers import open_broker
 from atoll.server.context import Addresses, HubContext
 from atoll.server.device_api import create_device_app
-from atoll.server.errors import AlreadyRunning, CannotStart, Unauthenticated
+from atoll.server.duties import duties
+from atoll.server.errors import AlreadyRunning, CannotStart
 from atoll.server.events import Bus
 from atoll.server.fleet_front import FleetFront
 from atoll.server.ingest import TOPICS, Ingest
@@ -52,19 +39,16 @@ from atoll.server.link import Link, client_context
 from atoll.server.membership import Fleet
 from atoll.server.operator_api import create_operator_app
 from atoll.server.peers import Traffic
-from atoll.server.scheduler import Duty, Scheduler, mark_silent
-from atoll.server.schema import devices, operators
+from atoll.server.scheduler import Scheduler
+from atoll.server.schema import devices
 from atoll.server.settings import Settings
 from atoll.server.store import Store
 from atoll.server.supervisor import Address, Child, Supervisor
 from atoll.server.tls_app import WebServer, listen, server_context
 from atoll.server.tls_files import HubTls, open_authority, open_tls
-from sqlalchemy import select, update
+from sqlalchemy import update
 
 log = logging.getLogger(__name__)
-
-ADMIN: Final = "admin"
-"""The operator that a new hub has; its token is in ``operator.json``."""
 
 _LOCAL: Final = "127.0.0.1"
 _SUPERLINK_SECONDS: Final = 60.0
@@ -182,11 +166,11 @@ class Hub:
         self._parts.callback(traffic.flush, store)
         runner = runs.Runner(store, nodes, self._clock)
         runner.recover()
-        scheduler = Scheduler(self._duties(link, traffic, runner))
+        scheduler = Scheduler(duties(self.context, link, traffic, runner))
         scheduler.start()
         self._parts.callback(scheduler.stop)
         self._serve(tls, device_port, operator_port, traffic)
-        self._write_operator_file()
+        operator_file.write(self.context)
 
     def _broker(self, tls: HubTls, authority: Authority) -> Broker:
         settings = self._settings
@@ -266,44 +250,6 @@ class Hub:
             )
         return link, ingest
 
-    def _duties(self, link: Link, traffic: Traffic, runner: runs.Runner) -> list[Duty]:
-        hub = self.context
-
-        def publish_desired() -> None:
-            if desired.tick(hub.store, link):
-                hub.bus.publish("devices")
-
-        def run() -> None:
-            if runner.tick():
-                hub.bus.publish("runs", "devices")
-
-        def roll() -> None:
-            if rollouts.tick(hub.store, hub.clock()):
-                hub.bus.publish("models", "devices", "audit")
-
-        def look() -> None:
-            seen = watch.tick(hub.store, hub.clock())
-            if seen.assessed:
-                hub.bus.publish("drift", "alerts", "runs")
-
-        def sign() -> None:
-            repository.refresh(hub.tuf, hub.settings.online_keys, hub.utc())
-
-        def silent() -> None:
-            if mark_silent(hub.store, hub.clock, hub.settings.offline_seconds):
-                hub.bus.publish("devices")
-
-        return [
-            Duty("publishing desired states", publish_desired),
-            Duty("runs", run, every=1.0),
-            Duty("rollouts", roll),
-            Duty("keeping the model repository fresh", sign, every=600.0),
-            Duty("watching", look, every=1.0),
-            Duty("telling broker and SuperLink of the fleet", hub.membership.follow, every=5.0),
-            Duty("counting traffic", lambda: traffic.flush(hub.store), every=2.0),
-            Duty("noticing silent devices", silent, every=5.0),
-        ]
-
     def _serve(
         self,
         tls: HubTls,
@@ -328,23 +274,6 @@ class Hub:
             self._servers.append(server)
         self._parts.callback(changes.close)
 
-    def _write_operator_file(self) -> None:
-        hub = self.context
-        path = hub.settings.operator_file
-        write_atomic(
-            path,
-            json.dumps(
-                {
-                    "url": hub.addresses.operator_url,
-                    "token": _admin_token(hub),
-                    "device_url": hub.addresses.device_url,
-                    "mqtt": f"{hub.addresses.mqtt_host}:{hub.addresses.mqtt_port}",
-                    "pid": os.getpid(),
-                },
-                indent=1,
-            ).encode(),
-        )
-
     def _again(self, child: str, store: Store) -> None:
         """After a child came back: a broker that died has lost its connections."""
         if child == "broker":
@@ -368,7 +297,7 @@ def run_hub(settings: Settings, say: Callable[[str], None]) -> None:
     try:
         with hub:
             started = True
-            for line in greeting(hub.context):
+            for line in operator_file.greeting(hub.context):
                 say(line)
             hub.wait()
             say("Stopping…")
@@ -377,22 +306,6 @@ def run_hub(settings: Settings, say: Callable[[str], None]) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def greeting(hub: HubContext) -> list[str]:
-    """Return what a person should know of a hub that has just started."""
-    with hub.store.begin() as connection:
-        code = sessions.new_login_code(connection, ADMIN, hub.clock())
-    where = hub.addresses
-    keys = hub.settings.offline_keys
-    warning = [f"Move {keys} to a medium that is kept offline: it signs models"]
-    return [
-        f"Dashboard  {where.operator_url}/login?code={code}",
-        f"API        {where.operator_url}/api/v1 (token in {hub.settings.operator_file})",
-        f"Devices    {where.device_url}, MQTT on {where.mqtt_host}:{where.mqtt_port}",
-        f"Data       {hub.settings.data}",
-        *(warning if keys.exists() else []),
-    ]
 
 
 def free_port(host: str) -> int:
@@ -414,25 +327,6 @@ def _lock(data: Path) -> ExitStack:
             f"another hub is running on {data}", "stop it, or give --data another directory"
         ) from error
     return held
-
-
-def _admin_token(hub: HubContext) -> str:
-    """Return the token in ``operator.json`` if it still is one, else a new one."""
-    try:
-        token = str(json.loads(hub.settings.operator_file.read_text())["token"])
-        with hub.store.read() as connection:
-            auth.authenticate(connection, token)
-    except (OSError, ValueError, KeyError, TypeError, Unauthenticated):
-        pass
-    else:
-        return token
-    with hub.store.begin() as connection:
-        exists = select(operators.c.name).where(operators.c.name == ADMIN)
-        if connection.execute(exists).first() is None:
-            audit.record(connection, "hub", "operator.create", ADMIN, hub.clock(), role="admin")
-            return auth.create(connection, ADMIN, "admin", hub.clock())
-        audit.record(connection, "hub", "operator.reissue", ADMIN, hub.clock())
-        return auth.reissue(connection, ADMIN)
 
 
 def _all_offline(store: Store) -> None:

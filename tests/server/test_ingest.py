@@ -23,7 +23,7 @@ from atoll.fleet.wire import (
     encode,
 )
 from atoll.server import desired
-from atoll.server.ingest import Received, Unreadable, read, store_batch
+from atoll.server.intake import Received, Unreadable, read, store_batch
 from atoll.server.link import Incoming
 from atoll.server.schema import alerts, devices, health, messages, twins, windows
 from atoll.server.store import Store
