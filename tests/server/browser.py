@@ -73,7 +73,10 @@ class Tab:
         """Wait until an expression is true; fail after ``seconds``."""
         deadline = time.monotonic() + seconds
         while not self._holds(script):
-            assert time.monotonic() < deadline, f"waited {seconds} s for {script}"
+            assert time.monotonic() < deadline, (
+                f"waited {seconds} s for {script}; the page is {self.run('location.href')}, says "
+                f"{self.text()[:300]!r} and complained {self.complaints}"
+            )
             time.sleep(0.05)
 
     def text(self, selector: str = "body") -> str:
