@@ -19,6 +19,11 @@ from atoll.server.supervisor import Child, Supervisor, last_lines
 
 HUB_SECONDS: Final = 60.0
 POLL_SECONDS: Final = 0.2
+LOOPBACK: Final = (
+    *("--host", "127.0.0.1", "--device-bind", "127.0.0.1", "--mqtt-bind", "127.0.0.1"),
+    *("--device-port", "0", "--mqtt-port", "0", "--operator-port", "0"),
+)
+"""A hub on free ports that this machine alone can reach."""
 
 _Found = TypeVar("_Found")
 
@@ -65,8 +70,7 @@ class LocalFleet:
 
     def start_hub(self, *options: str) -> None:
         """Start ``atoll hub`` on free ports and wait until its API answers."""
-        ports = ("--device-port", "0", "--mqtt-port", "0", "--operator-port", "0")
-        command = [*_program("atoll"), "hub", "--data", str(self.hub), *ports, *options]
+        command = [*_program("atoll"), "hub", "--data", str(self.hub), *LOOPBACK, *options]
         (self.hub / "operator.json").unlink(missing_ok=True)
         self._processes.start(Child("hub", command, grace=20.0))
         self.wait("the hub to answer", self._connect, HUB_SECONDS)
@@ -118,7 +122,11 @@ class LocalFleet:
         return {device["id"]: device for device in self.call("GET", "/devices")}
 
     def wait(
-        self, what: str, ready: Callable[[], _Found], seconds: float, every: float = POLL_SECONDS
+        self,
+        what: str,
+        ready: Callable[[], _Found | None],
+        seconds: float,
+        every: float = POLL_SECONDS,
     ) -> _Found:
         """Wait until ``ready`` returns something true and return that.
 
