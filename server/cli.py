@@ -61,6 +61,7 @@ def demo(context: typer.Context) -> None:
     simulation.command(context.args)
 
 
+@guarded
 def _version(wanted: bool) -> None:  # noqa: FBT001 -- typer's calling convention
     if wanted:
         put(f"atoll {version('atoll')}")

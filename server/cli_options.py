@@ -1,5 +1,6 @@
 """What the modules of the command line share: options, and how errors end a command."""
 
+import errno
 import inspect
 import sys
 from collections.abc import Callable
@@ -37,7 +38,8 @@ def guarded(command: Callable[_Parameters, _Result]) -> Callable[_Parameters, _R
     @wraps(command)
     def run(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
         try:
-            return command(*args, **kwargs)
+            result = command(*args, **kwargs)
+            sys.stdout.flush()  # so that a disk that is full is found here
         except Failure as failure:
             status, message = failure.exit_status, str(failure)
         except HubError as error:
@@ -52,7 +54,13 @@ def guarded(command: Callable[_Parameters, _Result]) -> Callable[_Parameters, _R
                 f"this needs the package {error.name}, which is not installed; install Atoll "
                 "with: pip install 'atoll[hub]'"
             )
-        sys.stdout.flush()
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever read us has left; typer ends quietly
+                raise
+            status = 1
+            message = f"{error.strerror or error}: {error.filename or 'standard output'}"
+        else:
+            return result
         note(f"error: {clean(message)}")
         raise typer.Exit(status)
 

@@ -1,7 +1,10 @@
 """The commands against a real hub."""
 
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from atoll.fleet.token import EnrolmentToken
@@ -120,6 +123,21 @@ def test_a_login_link_is_printed_alone(atoll, running):
     url = running.hub.context.addresses.operator_url
     assert said.stdout.startswith(f"{url}/login?code=")
     assert said.stdout.count("\n") == 1
+
+
+def test_a_full_disk_is_told_in_a_sentence(running):
+    program = "from atoll.server.cli import main; main()"
+    data = str(running.hub.context.settings.data)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program, "device", "list", "--json", "--data", data],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: No space left on device: standard output\n"
 
 
 def test_a_plan_is_proposed_and_waits_where_the_role_may_not_approve(atoll, running, plan):
