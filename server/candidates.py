@@ -1,0 +1,167 @@
+"""The bundle that a run leaves to be signed: model, profile, golden check, card.
+
+Nothing in it comes from a row of data. Golden inputs are synthetic, drawn from the reference
+profile; what they must give comes from the float model, and how far the int8 model may be off
+is measured on this machine and doubled, because another processor adds up in another order.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from atoll.federation.plan import Plan
+from atoll.federation.task import Task
+from atoll.fleet import bundle as bundles
+from atoll.fleet import profile as profiles
+from atoll.fleet.bundle import Golden, Manifest
+from atoll.fleet.profile import Profile
+from atoll.server import export
+from atoll.server.policy import Verdict
+
+GOLDEN_INPUTS: Final = 16
+_SLACK: Final = 2.0
+_LEAST_TOLERANCE: Final = 0.01
+"""Of the outputs' spread: what an exact model may differ by on another processor."""
+
+
+class Check(NamedTuple):
+    """The golden examples and how this machine's int8 model does on them.
+
+    ``worst`` is its largest difference of any logit; ``spread`` the range of the logits.
+    """
+
+    golden: Golden
+    worst: float
+    spread: float
+
+    def facts(self) -> dict[str, float]:
+        """Return what the gates look at."""
+        return {
+            "worst": self.worst,
+            "tolerance": self.golden.tolerance,
+            "spread": self.spread,
+        }
+
+
+def golden_check(
+    profile: Profile, shape: tuple[int, ...], exact: bytes, shipped: bytes, run: str
+) -> Check:
+    """Make the golden examples of a run; the same run and models give the same ones.
+
+    ``exact`` is the float model and ``shipped`` the int8 one, both ONNX.
+    """
+    seed = int.from_bytes(hashlib.sha256(run.encode()).digest()[:8], "big")
+    rng = np.random.default_rng(seed)
+    inputs = profiles.synthesise(profile, shape, GOLDEN_INPUTS, rng)
+    expected = export.outputs(exact, inputs)
+    worst = float(np.abs(export.outputs(shipped, inputs) - expected).max())
+    spread = float(np.ptp(expected))
+    tolerance = max(_SLACK * worst, _LEAST_TOLERANCE * spread)
+    return Check(Golden(inputs, expected, tolerance), worst, spread)
+
+
+def write(
+    out: Path,
+    *,
+    plan: Plan,
+    task: Task,
+    run: str,
+    created: float,
+    model: bytes,
+    profile: Profile,
+    golden: Golden,
+    facts: Mapping[str, Any],
+    verdicts: Sequence[Verdict],
+) -> Manifest:
+    """Write the bundle to ``out`` and return its manifest; ``created`` is in Unix seconds."""
+    manifest = Manifest(
+        model=plan.model,
+        task=plan.task,
+        run=run,
+        created=created,
+        input=bundles.Input(export.INPUT, task.input_shape),
+        output=bundles.Output(export.OUTPUT),
+        classes=task.classes,
+        channels=task.channels,
+        metrics=_numbers(facts),
+    )
+    return bundles.write(
+        out,
+        manifest,
+        {
+            bundles.MODEL: model,
+            bundles.PROFILE: profile.encode(),
+            bundles.GOLDEN: bundles.encode_golden(golden),
+            bundles.CARD: card(manifest, plan, facts, verdicts).encode(),
+        },
+    )
+
+
+def card(
+    manifest: Manifest, plan: Plan, facts: Mapping[str, Any], verdicts: Sequence[Verdict]
+) -> str:
+    """Return the model card, Markdown (after Mitchell et al., "Model Cards", 2019)."""
+    privacy = plan.privacy
+    accuracy = [
+        f"| {who} | {found['float']:.1%} | {found['int8']:.1%} | {facts['rows'][who]} |"
+        for who, found in facts["accuracy"].items()
+    ]
+    spent = facts["privacy"].get("epsilon")
+    epsilon = "no noise was added, so there is no ε" if spent is None else f"ε = {spent:,.1f}"
+    gates = [f"- {verdict.name}: passed, by `{verdict.rule}`" for verdict in verdicts]
+    return "\n".join(
+        [
+            f"# {manifest.model}, from run {manifest.run}",
+            "",
+            (
+                f"Task `{manifest.task}`: input {manifest.input.dtype} "
+                f"{list(manifest.input.shape)} ({', '.join(manifest.channels)}), "
+                f"{len(manifest.classes)} classes ({', '.join(manifest.classes)})."
+            ),
+            "",
+            "## Training",
+            (
+                f"Federated averaging, {facts['rounds']['trained']} rounds, "
+                f"{facts['devices']['trainers']} devices; the data stayed on them. "
+                f"Sums in mode `{privacy.mode}`, updates clipped to an L2 norm of "
+                f"{privacy.clip_norm:g}, noise multiplier {privacy.noise_multiplier:g}."
+            ),
+            "",
+            (
+                f"Privacy spent by this population so far, all runs: {epsilon} at "
+                f"δ = {privacy.delta:g}. ε speaks of the trained model alone: evaluation counts, "
+                "activation ranges and the reference profile are sums over devices, without noise."
+            ),
+            "",
+            "## Accuracy on held-back data of the devices",
+            "| devices | float | int8 (shipped) | examples |",
+            "|---|---|---|---|",
+            *accuracy,
+            "",
+            '"Known" devices trained the model; "unseen" ones did not.',
+            "",
+            "## Gates",
+            *gates,
+            "",
+            "## Limits",
+            (
+                "Accuracy is that of the devices of this fleet, at the time of the run. What "
+                "differs from the reference profile is outside of what was evaluated; that is "
+                "what drift alerts are for."
+            ),
+            "",
+        ]
+    )
+
+
+def _numbers(facts: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return the finite numbers among the facts, named by their path."""
+    flat: dict[str, float] = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            flat |= _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and np.isfinite(value):
+            flat[prefix + name] = float(value)
+    return flat

@@ -1,0 +1,71 @@
+"""What evaluations by many devices say together: accuracy by side, precision and device.
+
+A *side* is ``known`` (devices that trained) or ``unseen`` (devices that only evaluated). Every
+example weighs the same, whichever device it is on. Pure functions over counts.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from atoll.federation.messages import EvaluateReply
+from atoll.server.questions import Confusion, Tally
+
+Sides = Mapping[str, Sequence[str]]
+
+
+def sides_of(trainers: Collection[str], devices: Collection[str]) -> dict[str, list[str]]:
+    """Sort ``devices`` into sides; a side that is empty is absent."""
+    sides = {
+        "known": [name for name in devices if name in trainers],
+        "unseen": [name for name in devices if name not in trainers],
+    }
+    return {side: names for side, names in sides.items() if names}
+
+
+def total(tallies: Mapping[str, Tally], devices: Collection[str]) -> Tally:
+    """Add up the tallies of ``devices``."""
+    parts = [tallies[name] for name in devices]
+    return Tally(sum(part.correct for part in parts), sum(part.rows for part in parts))
+
+
+def of_weights(replies: Mapping[str, EvaluateReply], sides: Sides) -> dict[str, Any]:
+    """Return accuracy and loss of the float weights, before anything is exported."""
+    tallies = {name: Tally(reply.correct, reply.rows) for name, reply in replies.items()}
+    return {
+        "accuracy": {side: {"float": total(tallies, who).accuracy} for side, who in sides.items()},
+        "loss": {
+            side: sum(replies[name].loss * replies[name].rows for name in who)
+            / max(sum(replies[name].rows for name in who), 1)
+            for side, who in sides.items()
+        },
+    }
+
+
+def of_models(
+    exact: Mapping[str, Confusion], shipped: Mapping[str, Confusion], sides: Sides
+) -> dict[str, Any]:
+    """Return what the float and the int8 ONNX model did on the same devices."""
+    floats = {name: Tally.of(confusion) for name, confusion in exact.items()}
+    ints = {name: Tally.of(confusion) for name, confusion in shipped.items()}
+    return {
+        "accuracy": {
+            side: {"float": total(floats, who).accuracy, "int8": total(ints, who).accuracy}
+            for side, who in sides.items()
+        },
+        "rows": {side: total(ints, who).rows for side, who in sides.items()},
+        "confusion": {
+            side: np.sum([shipped[name] for name in who], axis=0).tolist()
+            for side, who in sides.items()
+        },
+        "by_device": {
+            name: {
+                "rows": ints[name].rows,
+                "float": floats[name].accuracy,
+                "int8": ints[name].accuracy,
+            }
+            for who in sides.values()
+            for name in who
+            if ints[name].rows
+        },
+    }

@@ -1,0 +1,255 @@
+"""From a plan to a candidate: train, evaluate, export, quantise, profile, check, gate.
+
+    run(job, session=…, ledger=…, recorder=…, out=…, checkpoints=…) -> Result
+
+Everything that needs data happens on the devices, by messages; the hub adds up what they
+answer. "Known" devices are those that train, "unseen" those that only evaluate. The stages and
+their names are what the recorder, and so the dashboard, shows:
+
+    train → evaluate → export → ranges → quantise → evaluate-int8 → profile → golden → gate
+
+Only a candidate that passes every gate is written to ``out``, to wait there for its signature.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from atoll.federation import evaluation, parameters, rounds
+from atoll.federation.checkpoints import Checkpoints
+from atoll.federation.cohort import Cohort
+from atoll.federation.conversation import RoundReport
+from atoll.federation.errors import RoundFailed
+from atoll.federation.exchange import SYSTEM_CLOCK, Clock
+from atoll.federation.messages import EvaluateReply
+from atoll.federation.plan import Plan
+from atoll.federation.task import Task
+from atoll.fleet import ranges
+from atoll.fleet.bundle import Manifest
+from atoll.fleet.features import FeatureSpec
+from atoll.privacy.ledger import Event, Gaussian, Ledger, Unnoised
+from atoll.privacy.modes import HubSession
+from atoll.server import candidates, export, measures, policy
+from atoll.server.measures import sides_of, total
+from atoll.server.policy import Rule, Verdict
+from atoll.server.questions import Questions, Tally
+from atoll.server.recording import Recorder
+from flwr.serverapp import Grid
+
+CALIBRATED_SHARE: Final = 0.9999
+"""Share of a tensor's values within its int8 range; the rest saturates."""
+
+_SIGNAL_AXES: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be run, by whom and over which grid. ``created`` is in Unix seconds."""
+
+    grid: Grid
+    plan: Plan
+    cohort: Cohort
+    task: Task
+    run: str
+    created: float
+    rules: Sequence[Rule] = policy.RULES
+    clock: Clock = SYSTEM_CLOCK
+
+    @property
+    def questions(self) -> Questions:
+        """Return what asks the cohort."""
+        wanted = self.plan.cohort
+        return Questions(
+            self.grid, self.cohort, wanted.round_timeout, wanted.min_devices, self.clock
+        )
+
+
+class Result(NamedTuple):
+    """How a run ended: with a candidate's manifest, or with gates that did not let it pass."""
+
+    manifest: Manifest | None
+    verdicts: list[Verdict]
+    facts: dict[str, Any]
+
+    @property
+    def refused(self) -> str:
+        """Name the gates that failed, for a person."""
+        failed = [verdict for verdict in self.verdicts if not verdict.passed]
+        return "; ".join(f"{verdict.name} ({verdict.detail})" for verdict in failed)
+
+
+def run(
+    job: Job,
+    *,
+    session: HubSession,
+    ledger: Ledger,
+    recorder: Recorder,
+    out: Path,
+    checkpoints: Checkpoints | None = None,
+) -> Result:
+    """Run a plan to its end; raise what stops it.
+
+    That is :class:`RoundFailed` when too few devices answer,
+    :class:`atoll.server.export.BadExport` for a model that cannot be exported, and what
+    :func:`atoll.federation.rounds.run_rounds` raises.
+    """
+    facts: dict[str, Any] = {}
+
+    def note(**found: Any) -> None:  # noqa: ANN401 -- JSON
+        facts.update(found)
+        recorder.metrics(found)
+
+    recorder.stage("train")
+    weights = _train(job, session, ledger, recorder, note, checkpoints)
+    recorder.stage("evaluate")
+    replies = _evaluate(job, weights)
+    note(**measures.of_weights(replies, sides_of(job.cohort.trainers, replies)))
+    recorder.stage("export")
+    model = job.task.model(job.plan.seed)
+    parameters.unflatten(model, weights)
+    exact = export.to_onnx(model, job.task.input_shape)
+    recorder.stage("ranges")
+    tensors = export.observed(exact)
+    spans = job.questions.activations(export.augment(exact), job.cohort.trainers, tensors)
+    recorder.stage("quantise")
+    shipped = export.quantise(
+        exact, {name: ranges.thresholds(span, CALIBRATED_SHARE) for name, span in spans.items()}
+    )
+    recorder.stage("evaluate-int8")
+    note(**_compare(job, replies, exact, shipped))
+    recorder.stage("profile")
+    profile = job.questions.reference_profile(
+        features_of(job.task), job.task.classes, shipped, job.cohort.trainers
+    )
+    note(profile={"rows": profile.rows})
+    recorder.stage("golden")
+    check = candidates.golden_check(profile, job.task.input_shape, exact, shipped, job.run)
+    note(golden=check.facts())
+    recorder.stage("gate")
+    verdicts = policy.judge(facts, job.rules)
+    note(gates=[verdict.plain() for verdict in verdicts])
+    if not policy.passed(verdicts):
+        return Result(None, verdicts, facts)
+    manifest = candidates.write(
+        out,
+        plan=job.plan,
+        task=job.task,
+        run=job.run,
+        created=job.created,
+        model=shipped,
+        profile=profile,
+        golden=check.golden,
+        facts=facts,
+        verdicts=verdicts,
+    )
+    return Result(manifest, verdicts, facts)
+
+
+def event_of(plan: Plan) -> Event:
+    """Return what one round of the plan costs: every trainer takes part, so nothing is sampled."""
+    noise = plan.privacy.noise_multiplier
+    return Gaussian(noise) if noise else Unnoised()
+
+
+def features_of(task: Task) -> FeatureSpec:
+    """Return what is watched of a task's examples: signals by moments, tables by columns."""
+    signals = len(task.input_shape) == _SIGNAL_AXES
+    return FeatureSpec(kind="channel-stats" if signals else "columns", channels=task.channels)
+
+
+def _train(
+    job: Job,
+    session: HubSession,
+    ledger: Ledger,
+    recorder: Recorder,
+    note: Callable[..., None],
+    checkpoints: Checkpoints | None,
+) -> parameters.Vector:
+    plan = job.plan
+    reports: list[RoundReport] = []
+
+    def charge(number: int) -> float | None:
+        spent = ledger.charge(f"{job.run}/{number}", event_of(plan)).epsilon_pld
+        return spent if isfinite(spent) else None
+
+    def heard(report: RoundReport) -> None:
+        reports.append(report)
+        recorder.round(report)
+
+    outcome = rounds.run_rounds(
+        job.grid,
+        plan,
+        job.cohort,
+        session,
+        charge,
+        heard,
+        parameters.flatten(job.task.model(plan.seed)),
+        run=job.run,
+        checkpoints=checkpoints,
+        clock=job.clock,
+    )
+    spent = ledger.spent()
+    finite = isfinite(spent.epsilon_pld)
+    privacy: dict[str, float] = {"delta": spent.delta}
+    if finite:
+        privacy |= {"epsilon": spent.epsilon_pld, "epsilon_rdp": spent.epsilon_rdp}
+    if plan.privacy.budget_epsilon is not None:
+        privacy["budget"] = plan.privacy.budget_epsilon
+    note(
+        rounds={
+            "planned": plan.rounds,
+            "trained": outcome.rounds,
+            "ended": outcome.ended,
+            "seconds": sum(report.seconds for report in reports) / max(len(reports), 1),
+            "bytes_up": sum(report.bytes_up for report in reports),
+            "bytes_down": sum(report.bytes_down for report in reports),
+        },
+        privacy=privacy,
+        epsilon=spent.epsilon_pld if finite else None,
+        delta=spent.delta,
+    )
+    return outcome.weights
+
+
+def _evaluate(job: Job, weights: parameters.Vector) -> dict[str, EvaluateReply]:
+    """Evaluate the float weights on the devices' held-back data; return the sound replies."""
+    timeout = job.plan.cohort.round_timeout
+    replies = evaluation.evaluate(
+        job.grid, job.cohort, job.plan.task, weights, "test", timeout, clock=job.clock
+    )
+    sound = {name: reply for name, reply in replies.items() if 0 <= reply.correct <= reply.rows}
+    if len(sound) < job.plan.cohort.min_devices:
+        raise RoundFailed(
+            f"{len(sound)} of {len(job.cohort.evaluators)} devices evaluated the model; look at "
+            "why the others did not, then run it again"
+        )
+    return sound
+
+
+def _compare(
+    job: Job, replies: Mapping[str, EvaluateReply], exact: bytes, shipped: bytes
+) -> dict[str, Any]:
+    """Evaluate both ONNX models; return the facts about the devices that did all three."""
+    classes = len(job.task.classes)
+    evaluators = job.cohort.evaluators
+    floats = job.questions.confusions(exact, evaluators, classes)
+    ints = job.questions.confusions(shipped, evaluators, classes)
+    everywhere = [name for name in evaluators if name in replies and name in floats.keys() & ints]
+    before = {name: Tally(replies[name].correct, replies[name].rows) for name in everywhere}
+    after = {name: Tally.of(floats[name]) for name in everywhere}
+    changed = total(after, everywhere).accuracy - total(before, everywhere).accuracy
+    return measures.of_models(floats, ints, sides_of(job.cohort.trainers, everywhere)) | {
+        "devices": {
+            "trainers": len(job.cohort.trainers),
+            "asked": len(evaluators),
+            "evaluated": len(everywhere),
+        },
+        "model": {
+            "classes": classes,
+            "float_bytes": len(exact),
+            "int8_bytes": len(shipped),
+            "export_changed": abs(changed),
+        },
+    }
