@@ -19,10 +19,14 @@ NAMED: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How many rows are compared, and how strictly; see :mod:`atoll.fleet.drift`."""
+    """How many rows are compared, and how strictly; see :mod:`atoll.fleet.drift`.
 
-    baseline_rows: int = 150
-    current_rows: int = 150
+    The defaults judge a device after a few hundred rows, at thresholds that fit so few. They
+    take the baseline for typical: where a device sees one thing for long, make it larger.
+    """
+
+    baseline_rows: int = 64
+    current_rows: int = 128
     alpha: float = ALPHA
     min_effect: float = MIN_EFFECT
     min_rows: int = MIN_ROWS

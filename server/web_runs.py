@@ -36,8 +36,6 @@ def run_row(row: Mapping[str, Any]) -> dict[str, Any]:
         "gates": _gates(metrics.get("gates")),
         "accuracy": accuracy,
         "best": {split: by.get("int8", by.get("float")) for split, by in accuracy.items()},
-        "epsilon": metrics.get("epsilon"),
-        "delta": metrics.get("delta"),
         "seconds": row["ended_at"] - row["started_at"]
         if row["ended_at"] is not None and row["started_at"] is not None
         else None,

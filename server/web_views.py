@@ -148,12 +148,22 @@ def _release(row: Mapping[str, Any]) -> View:
         "task": manifest.get("task"),
         "classes": manifest.get("classes", []),
         "channels": manifest.get("channels", []),
-        "metrics": manifest.get("metrics", {}),
+        "accuracy": _accuracy(manifest.get("metrics", {})),
         "input": manifest.get("input"),
         "files": files,
         "bytes": sum(int(entry.get("length", 0)) for entry in files.values()),
         "manifest": json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False),
     }
+
+
+def _accuracy(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Return split → precision → share from names such as ``accuracy.known.int8``."""
+    table: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        match name.split("."):
+            case ["accuracy", split, precision]:
+                table.setdefault(split, {})[precision] = value
+    return table
 
 
 def _progress(rollout: Mapping[str, Any], fleet: Sequence[Mapping[str, Any]]) -> View:

@@ -147,7 +147,7 @@ def test_pages_say_what_the_tables_hold(seeded):
         assert "everyone" in device
         run = client.get(f"/runs/{RELEASED_RUN}").text
         assert "97.14" in run
-        assert "int8-close" in run
+        assert "int8 within one point" in run
         plots = re.findall(r"data-plot=\"([^\"]+)\"", run)
         assert len(plots) == 3
         assert len(json.loads(plots[0].replace("&#34;", '"'))["x"]) == 12
