@@ -14,7 +14,9 @@ from atoll.federation import messages
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-POLL_SECONDS: Final = 0.15
+FASTEST_POLL: Final = 0.1
+SLOWEST_POLL: Final = 0.5
+POLL_SHARE: Final = 1 / 3
 _EXTRA_LIFE: Final = 5.0
 """Seconds a message outlives its deadline in the SuperLink, so that the last look finds it."""
 
@@ -27,6 +29,16 @@ class Clock(NamedTuple):
 
 
 SYSTEM_CLOCK: Final = Clock()
+
+
+def poll_delay(waited: float, slowest: float = SLOWEST_POLL) -> float:
+    """Return the seconds to wait before looking again, having ``waited`` so long already.
+
+    A third of the time waited so far: prompt while messages flow, never adding more than that
+    share to a wait, and few requests where there is nothing to come (each costs the SuperLink
+    some 8 ms of CPU).
+    """
+    return min(max(waited * POLL_SHARE, FASTEST_POLL), slowest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +74,8 @@ def exchange(
         for device in devices
     ]
     down = sum(messages.size(content) for content in contents.values())
-    deadline = clock.now() + timeout
+    asked = clock.now()
+    deadline = asked + timeout
     pending = {}
     replies = Replies(bytes_down=down)
     up = 0
@@ -82,7 +95,8 @@ def exchange(
                 up += messages.size(reply.content)
         if late or not pending:
             break
-        clock.pause(min(POLL_SECONDS, max(deadline - clock.now(), 0.0)))
+        now = clock.now()
+        clock.pause(min(poll_delay(now - asked), max(deadline - now, 0.0)))
     for device in pending.values():
         replies.failed[device] = f"no answer within {timeout:g} s"
     return Replies(replies.content, replies.failed, down, up)

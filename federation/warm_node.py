@@ -18,6 +18,7 @@ from typing import Final, Self, TypeVar
 
 import httpx
 from atoll.federation.errors import LinkError
+from atoll.federation.exchange import FASTEST_POLL, poll_delay
 from atoll.federation.fleet_client import FleetClient, Lost, Skip
 from atoll.federation.flower import answer
 from flwr.app import Context, Message, RecordDict
@@ -52,10 +53,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
     push_objects,
 )
 
-FASTEST_POLL: Final = 0.1
 SLOWEST_POLL: Final = 2.0
-_POLL_SHARE: Final = 0.25
-"""The wait for a message grows by at most this share."""
 _HEARTBEAT: Final = 10
 """Seconds promised between signs of life, the least that Flower takes; after two promises
 without one the SuperLink counts us as gone."""
@@ -66,15 +64,6 @@ _PART_PATIENCE: Final = 60.0
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
-
-
-def poll_delay(idle: float) -> float:
-    """Return the seconds to wait before asking again, ``idle`` seconds after the last message.
-
-    A quarter of the time waited so far: prompt while messages flow, and never adding more
-    than that share to a wait, up to :data:`SLOWEST_POLL`.
-    """
-    return min(max(idle * _POLL_SHARE, FASTEST_POLL), SLOWEST_POLL)
 
 
 class WarmNode:
@@ -163,7 +152,7 @@ class _Session:
             if worked:
                 last = time.monotonic()
             else:
-                self._stop.wait(poll_delay(time.monotonic() - last))
+                self._stop.wait(poll_delay(time.monotonic() - last, SLOWEST_POLL))
 
     def _one(self, app: ClientApp) -> bool:
         """Answer one message; false when there is none."""

@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 from atoll.federation import client_app
 from atoll.federation.errors import LinkError
-from atoll.federation.warm_node import SLOWEST_POLL, WarmNode, poll_delay
+from atoll.federation.warm_node import SLOWEST_POLL, WarmNode
 from atoll.fleet.identity import Authority, Identity
 from atoll.privacy.plain import PlainParty
 from blobs import Blobs, write
 from conftest import Hub, wait_for
-from hypothesis import given
-from hypothesis import strategies as st
 
 PLAN = """
 name = "contract"
@@ -153,9 +151,3 @@ def test_admin_errors_are_link_errors(hub: Hub) -> None:
     hub.admin.register_node(key)
     with pytest.raises(LinkError):
         hub.admin.register_node(key)
-
-
-@given(st.floats(min_value=0, max_value=1e6))
-def test_waiting_for_a_message_grows_by_a_quarter_at_most(idle: float) -> None:
-    assert 0.1 <= poll_delay(idle) <= SLOWEST_POLL
-    assert poll_delay(idle) <= max(0.25 * idle, 0.1)

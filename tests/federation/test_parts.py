@@ -11,6 +11,7 @@ import pytest
 import torch
 from atoll.federation import messages, parameters, plan, task, training
 from atoll.federation.errors import BadMessage, BadPlan, DataMissing, TaskMissing
+from atoll.federation.exchange import poll_delay
 from atoll.federation.flower import TlsFiles, superexec_command, superlink_command
 from blobs import Blobs
 from flwr.app import ConfigRecord, RecordDict
@@ -69,6 +70,12 @@ def test_unknown_fields_are_ignored_and_missing_ones_refused(record: messages.Re
 def test_a_message_without_the_record_is_refused() -> None:
     with pytest.raises(BadMessage, match="'sum'"):
         messages.unpack(RecordDict(), messages.SumReply)
+
+
+@given(st.floats(min_value=0, max_value=1e6), st.floats(min_value=0.1, max_value=2))
+def test_a_wait_grows_by_a_third_at_most(waited: float, slowest: float) -> None:
+    assert 0.1 <= poll_delay(waited, slowest) <= slowest
+    assert poll_delay(waited, slowest) <= max(waited / 3, 0.1)
 
 
 def test_the_size_of_a_message_is_its_payload() -> None:
