@@ -28,7 +28,7 @@ from sqlalchemy import Connection, select
 
 STRONG: Final = 1.0
 WEAK: Final = 10.0
-"""Below the first ε is strong, above the second weak (NIST SP 800-226, §2.3, says so in spirit)."""
+"""Up to the first ε is strong, over the second weak (Ponomareva et al., "How to DP-fy ML", 2023)."""
 METHODS: Final = {
     "nothing spent": "nothing spent",
     "closed form": "exact for Gaussian noise",
