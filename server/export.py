@@ -91,7 +91,7 @@ def to_onnx(model: "nn.Module", input_shape: tuple[int, ...]) -> bytes:
 def observed(model: bytes) -> tuple[str, ...]:
     """Return the names of the tensors whose ranges :func:`quantise` wants."""
     graph = onnx.load_from_string(model).graph
-    return (INPUT, *(name for node in graph.node for name in node.output if name))
+    return (_OBSERVED_INPUT, *(name for node in graph.node for name in node.output if name))
 
 
 def augment(model: bytes) -> bytes:

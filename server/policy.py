@@ -6,10 +6,13 @@ a release can read and change them. They fail closed: a rule passes only when it
 says so. All numbers among the facts are doubles, so rules write ``1.0``.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import cel
+
+_NAMED: Final = re.compile(r"[a-z_]\w*(?:\.[a-z_]\w*)+")
 
 
 class Rule(NamedTuple):
@@ -68,12 +71,20 @@ def _verdict(rule: Rule, context: dict[str, Any]) -> Verdict:
     try:
         program = cel.compile(rule.expression)
         found = program.execute(context)
-        names = program.variables()
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         why = f"cannot be evaluated: {error}"
         return Verdict(rule.name, passed=False, rule=rule.expression, detail=why)
-    said = ", ".join(f"{name} = {context.get(name)}" for name in names)
-    return Verdict(rule.name, passed=found is True, rule=rule.expression, detail=said)
+    named = dict.fromkeys(_NAMED.findall(rule.expression))
+    said = [f"{path} = {value:.6g}" for path in named if (value := _at(context, path)) is not None]
+    return Verdict(rule.name, passed=found is True, rule=rule.expression, detail=", ".join(said))
+
+
+def _at(context: Mapping[str, Any], path: str) -> float | None:
+    """Return the number that a dotted name stands for, if it is one."""
+    found: Any = context
+    for part in path.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found if isinstance(found, float) else None
 
 
 def _doubles(value: Any) -> Any:  # noqa: ANN401 -- JSON in, JSON out

@@ -82,3 +82,9 @@ def test_no_rules_are_no_permission():
 
 def test_whole_numbers_among_the_facts_compare_with_doubles():
     assert judge({"n": {"a": 3}}, [Rule("three", "n.a == 3.0")])[0].passed
+
+
+def test_a_verdict_names_the_numbers_that_its_rule_names():
+    [verdict] = judge({"n": {"a": 3, "b": 4}}, [Rule("less", "n.a < 2.0")])
+    assert verdict.detail == "n.a = 3"
+    assert verdict.plain()["passed"] is False
