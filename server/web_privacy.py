@@ -28,7 +28,7 @@ from sqlalchemy import Connection, select
 
 STRONG: Final = 1.0
 WEAK: Final = 10.0
-"""Up to the first ε is strong, over the second weak (Ponomareva et al., "How to DP-fy ML", 2023)."""
+"""Up to the first ε is strong, over the second weak (Ponomareva et al., "How to DP-fy ML")."""
 METHODS: Final = {
     "nothing spent": "nothing spent",
     "closed form": "exact for Gaussian noise",
