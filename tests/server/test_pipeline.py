@@ -1,0 +1,185 @@
+"""The pipeline over in-process devices: real ClientApps, real queries, real sums."""
+
+import math
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from atoll.edge_agent.onnx import Onnx  # after the path
+from atoll.federation.errors import RoundFailed
+from atoll.fleet import bundle as bundles
+from atoll.fleet import profile as profiles
+from atoll.fleet import queries
+from atoll.privacy.ledger import MemoryStore
+from atoll.server import pipeline
+from atoll.server.recording import MemoryRecorder
+from atoll.server.web_runs import STAGES
+from waves import Fleet, Waves, plan_of
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    fleet = Fleet(tmp_path_factory.mktemp("fleet"))
+    recorder = MemoryRecorder()
+    return fleet, fleet.run(plan_of(noise=0.01), recorder), recorder
+
+
+def test_a_run_ends_with_a_bundle_that_a_device_would_accept(done):
+    fleet, result, _ = done
+    assert result.manifest is not None, result.refused
+    directory = fleet.root / "candidate"
+    assert bundles.read(directory) == result.manifest
+    golden = bundles.read_golden(directory)
+    runtime = Onnx((directory / bundles.MODEL).read_bytes())
+    got = runtime.run({"input": golden.inputs})["logits"]
+    bundles.golden_check(golden.expected, got, golden.tolerance)
+
+
+def test_the_golden_check_refuses_a_broken_runtime(done):
+    fleet, _, _ = done
+    golden = bundles.read_golden(fleet.root / "candidate")
+    runtime = Onnx((fleet.root / "candidate" / bundles.MODEL).read_bytes())
+    turned = runtime.run({"input": golden.inputs[:, ::-1].copy()})["logits"]
+    with pytest.raises(bundles.BadBundle):
+        bundles.golden_check(golden.expected, turned, golden.tolerance)
+
+
+def test_stages_come_in_the_order_that_the_dashboard_shows(done):
+    assert tuple(done[2].stages) == STAGES
+
+
+def test_known_and_unseen_devices_are_told_apart(done):
+    fleet, result, _ = done
+    facts = result.facts
+    assert set(facts["accuracy"]) == {"known", "unseen"}
+    assert facts["rows"] == {"known": 360, "unseen": 120}
+    assert facts["accuracy"]["known"]["float"] > 0.9
+    assert set(facts["by_device"]) == set(fleet.cohort.evaluators)
+    assert np.sum(facts["confusion"]["known"]) == 360
+
+
+def test_accuracies_are_those_of_the_devices_own_examples(done):
+    fleet, result, _ = done
+    runtime = Onnx((fleet.root / "candidate" / bundles.MODEL).read_bytes())
+    held = [Waves().load(fleet.root / name, "test") for name in fleet.cohort.trainers]
+    right = sum(
+        int((runtime.run({"input": one.x})["logits"].argmax(1) == one.y).sum()) for one in held
+    )
+    assert result.facts["accuracy"]["known"]["int8"] == pytest.approx(right / 360)
+
+
+def test_the_profile_counts_the_trainers_held_back_examples(done):
+    fleet, result, _ = done
+    data = (fleet.root / "candidate" / bundles.PROFILE).read_bytes()
+    profile = profiles.Profile.decode(data)
+    assert profile.rows == 360
+    assert profile.features.names == ("a:mean", "a:std", "b:mean", "b:std")
+    assert all(int(counts.sum()) == 360 for counts in profile.reference().values())
+    classes = profile.reference()[profiles.OUTPUT_CLASS][:3]
+    predicted = np.sum(result.facts["confusion"]["known"], axis=0)
+    np.testing.assert_array_equal(classes, predicted)
+
+
+def test_each_round_is_charged_and_reported(done):
+    _, result, recorder = done
+    assert [report.round for report in recorder.rounds] == [1, 2, 3, 4]
+    epsilons = [report.epsilon for report in recorder.rounds]
+    assert epsilons == sorted(epsilons)
+    assert result.facts["epsilon"] == epsilons[-1]
+
+
+def test_facts_can_be_stored_as_json(done):
+    facts = done[2].facts
+    assert msgspec.json.decode(msgspec.json.encode(facts)).keys() == facts.keys()
+    assert all(math.isfinite(value) for value in done[1].manifest.metrics.values())
+
+
+def test_the_card_says_what_was_measured(done):
+    text = (done[0].root / "candidate" / bundles.CARD).read_text()
+    assert "| known |" in text
+    assert "| unseen |" in text
+    assert "ε = " in text
+
+
+def test_without_noise_there_is_no_epsilon(tmp_path):
+    result = Fleet(tmp_path, unseen=0).run(plan_of())
+    assert result.manifest is not None, result.refused
+    assert result.facts["epsilon"] is None
+    assert set(result.facts["accuracy"]) == {"known"}
+    assert "no ε" in (tmp_path / "candidate" / bundles.CARD).read_text()
+
+
+def test_encrypted_sums_carry_a_run_as_well(tmp_path):
+    result = Fleet(tmp_path, count=3).run(plan_of(mode="he", rounds=3))
+    assert result.manifest is not None, result.refused
+
+
+def test_a_model_no_better_than_chance_is_rejected_and_leaves_no_candidate(tmp_path):
+    fleet = Fleet(tmp_path)
+    plan = plan_of(rounds=1)
+    lazy = msgspec.structs.replace(
+        plan, training=msgspec.structs.replace(plan.training, server_learning_rate=1e-9)
+    )
+    result = fleet.run(lazy)
+    assert result.manifest is None
+    assert "better than chance" in result.refused
+    assert not (tmp_path / "candidate").exists()
+
+
+def test_a_budget_stops_the_rounds_and_what_was_trained_goes_on(tmp_path):
+    store = MemoryStore()
+    plan = plan_of(rounds=6, noise=1.0, more=", budget_epsilon = 8.0")
+    result = Fleet(tmp_path).run(plan, store=store)
+    assert result.facts["rounds"]["ended"] == "budget"
+    assert 0 < result.facts["rounds"]["trained"] < 6
+    assert result.facts["privacy"]["epsilon"] <= 8.0
+    assert len(store.events("waves")) == result.facts["rounds"]["trained"]
+
+
+def _lies(name, **changes):
+    """Return a handler that answers with numbers that do not fit together."""
+
+    def answer(_data):
+        kind = queries.ANSWERS[name][1]
+        return queries.encode(kind(**changes))
+
+    return {name: answer}
+
+
+ODD = [
+    _lies(queries.EVALUATE_ONNX, confusion=[[10**9, 0], [0, 0]], rows=10**9),
+    _lies(queries.EVALUATE_ONNX, confusion=[[-1, 1, 0], [0, 0, 0], [0, 0, 0]], rows=0),
+    _lies(queries.ACTIVATION_RANGES, tensors={}, rows=1),
+    _lies(queries.FEATURE_COUNTS, counts={"a:mean": b"\x01"}, rows=5),
+    _lies(queries.PROFILE_COUNTS, counts={}, rows=0),
+    {queries.FEATURE_RANGES: lambda _: b"\xc1"},
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: next(iter(odd)))
+def test_two_devices_with_odd_answers_are_left_out(tmp_path, odd):
+    result = Fleet(tmp_path, count=5, unseen=0, altered=odd).run(plan_of(rounds=2))
+    assert result.facts["devices"]["evaluated"] >= 3
+    assert result.facts["rows"]["known"] <= 5 * 120
+    assert result.facts["profile"]["rows"] in {360, 600}
+
+
+@pytest.mark.parametrize("odd", ODD[2:], ids=lambda odd: next(iter(odd)))
+def test_too_few_sound_answers_end_the_run(tmp_path, odd):
+    fleet = Fleet(tmp_path, count=3, unseen=0, altered=odd)
+    with pytest.raises(RoundFailed, match="answered the question"):
+        fleet.run(plan_of(rounds=1))
+
+
+def test_signals_are_watched_by_moments_and_tables_by_columns():
+    assert pipeline.features_of(Waves()).kind == "channel-stats"
+
+    class Table(Waves):
+        input_shape = (2,)
+
+    assert pipeline.features_of(Table()).kind == "columns"
