@@ -8,7 +8,7 @@ from pathlib import Path
 from atoll.federation import parameters, plan, rounds
 from atoll.federation.evaluation import ask, evaluate
 from atoll.federation.flower import prompt_grid
-from atoll.privacy.plain import PlainHubSession
+from atoll.privacy.modes import hub_session
 from blobs import Blobs
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -22,7 +22,10 @@ def main(grid: Grid, context: Context) -> None:
     folder = Path(os.environ["CONTRACT_FOLDER"])
     job = json.loads((folder / f"{context.run_config['job']}.json").read_text())
     the_plan = plan.loads(job["plan"])
-    members = {name: rounds.Member(int(node), b"") for name, node in job["nodes"].items()}
+    members = {
+        name: rounds.Member(int(node), job["certificates"][name].encode())
+        for name, node in job["nodes"].items()
+    }
     cohort = rounds.Cohort(members, job["trainers"], sorted(members))
     reports = []
 
@@ -43,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
         grid,
         the_plan,
         cohort,
-        PlainHubSession(),
+        hub_session(the_plan.privacy.mode, cohort.roster),
         lambda _: None,
         on_round,
         parameters.flatten(Blobs().model(the_plan.seed)),

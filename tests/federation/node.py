@@ -4,19 +4,29 @@ import logging
 import signal
 import sys
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 from atoll.federation import client_app
 from atoll.federation.errors import LinkError
 from atoll.federation.warm_node import WarmNode
-from atoll.privacy.plain import PlainParty
+from atoll.fleet.identity import Identity, Peer, peer_of
+from atoll.privacy.modes import PartyIdentity, party_session
 from blobs import Blobs
 
 
 def main(url: str, identity: Path, data: Path, device: str) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("atoll").setLevel(logging.DEBUG)
-    app = client_app.build(Blobs(), data, lambda _: PlainParty(device), {"echo": bytes.upper})
+    mine = Identity.load(identity)
+
+    def peer(certificate: bytes) -> Peer:
+        return peer_of(certificate, (identity / "ca.pem").read_bytes(), datetime.now(UTC))
+
+    me = PartyIdentity(device, mine.key, mine.seal, peer)
+    app = client_app.build(
+        Blobs(), data, lambda mode: party_session(mode, me), {"echo": bytes.upper}
+    )
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
