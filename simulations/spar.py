@@ -105,9 +105,9 @@ class Spar:
 
     def model(self, seed: int) -> "nn.Module":
         """Return the network of :mod:`atoll.simulations.spar_net`, initialised from ``seed``."""
-        from atoll.simulations.spar_net import SparNet, initialised
+        from atoll.simulations.spar_net import build
 
-        return initialised(SparNet(len(self.classes)), seed)
+        return build(len(self.classes), seed)
 
     def load(self, data: Path, split: Split) -> Examples:
         """Cut this person's recordings into windows of four seconds.

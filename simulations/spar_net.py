@@ -8,7 +8,7 @@ from torch.nn import functional
 
 SCALE: Final = (1.0, 1.0, 1.0, 0.5, 0.5, 0.5)
 """Physical constants, not statistics: 1 / (1 g) and 1 / (2 rad/s)."""
-TILT: Final = 0.1
+TILT: Final = 0.2
 VIGOUR: Final = 0.1
 
 
@@ -90,12 +90,17 @@ class SparNet(nn.Module):
         return logits
 
 
-def initialised(net: SparNet, seed: int) -> SparNet:
-    """Fill the weights from ``seed`` (He et al. 2015), without touching torch's global state."""
-    source = torch.Generator().manual_seed(seed)
-    for layer in net.modules():
-        if isinstance(layer, nn.Conv1d | nn.Linear):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=source)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+def build(classes: int, seed: int) -> SparNet:
+    """Return the network with weights from ``seed`` (He et al. 2015).
+
+    Torch's global random state is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = SparNet(classes)
+        for layer in net.modules():
+            if isinstance(layer, nn.Conv1d | nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
     return net
