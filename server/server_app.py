@@ -18,7 +18,7 @@ from atoll.federation.errors import FederationError, RoundFailed
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock
 from atoll.federation.flower import prompt_grid
 from atoll.federation.plan import Plan, loads
-from atoll.federation.task import find
+from atoll.federation.task import Task, find
 from atoll.fleet.errors import FleetError
 from atoll.privacy.errors import PrivacyError
 from atoll.privacy.ledger import Ledger
@@ -62,6 +62,7 @@ def execute(
     settings: Settings,
     run: str,
     *,
+    tasks: Callable[[str], Task] = find,
     now: Callable[[], float] = time.time,
     clock: Clock = SYSTEM_CLOCK,
 ) -> None:
@@ -76,7 +77,7 @@ def execute(
             cohort = cohort_of(connection, plan)
         await_cohort(grid, cohort, plan, clock)
         result = pipeline.run(
-            pipeline.Job(grid, plan, cohort, find(plan.task), run, now(), clock=clock),
+            pipeline.Job(grid, plan, cohort, tasks(plan.task), run, now(), clock=clock),
             session=hub_session(plan.privacy.mode, cohort.roster),
             ledger=Ledger(
                 SqlLedgerStore(store, now),
