@@ -23,7 +23,8 @@ NAME: Final = "last.npz"
 class Checkpoint:
     """``weights`` float32 ``(n,)`` after the last completed round; ``begun`` ≥ ``completed``.
 
-    ``velocity`` float32 ``(n,)`` is the step that server momentum carries on.
+    ``velocity`` float32 ``(n,)`` is the step that server momentum carries on; ``tail`` float32
+    ``(n,)`` the mean of the weights after the last ``tailed`` rounds, once they are averaged.
     Rounds count from 1; 0 means none. ``trained`` is how many rounds changed the weights.
     ``session`` is what the hub's side of the sums keeps between rounds; nothing secret.
     """
@@ -34,7 +35,20 @@ class Checkpoint:
     trained: int
     weights: Vector
     velocity: Vector
+    tail: Vector
+    tailed: int = 0
     session: bytes = b""
+
+    @classmethod
+    def fresh(cls, run: str, initial: Vector) -> "Checkpoint":
+        """Return the state before the first round."""
+        nothing = np.zeros_like(initial)
+        return cls(run, 0, 0, 0, initial, nothing, nothing)
+
+    @property
+    def result(self) -> Vector:
+        """The weights to go on with if the run ended now: float32 ``(n,)``."""
+        return self.tail if self.tailed else self.weights
 
 
 class Checkpoints:
@@ -50,10 +64,12 @@ class Checkpoints:
             body,
             run=np.array(checkpoint.run),
             rounds=np.array(
-                [checkpoint.begun, checkpoint.completed, checkpoint.trained], dtype=np.int64
+                [checkpoint.begun, checkpoint.completed, checkpoint.trained, checkpoint.tailed],
+                dtype=np.int64,
             ),
             weights=checkpoint.weights,
             velocity=checkpoint.velocity,
+            tail=checkpoint.tail,
             session=np.frombuffer(checkpoint.session, dtype=np.uint8),
         )
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +97,7 @@ class Checkpoints:
             return None
         try:
             with np.load(io.BytesIO(self._path.read_bytes()), allow_pickle=False) as file:
-                begun, completed, trained = (int(value) for value in file["rounds"])
+                begun, completed, trained, tailed = (int(value) for value in file["rounds"])
                 found = Checkpoint(
                     run=str(file["run"]),
                     begun=begun,
@@ -89,6 +105,8 @@ class Checkpoints:
                     trained=trained,
                     weights=file["weights"].astype(np.float32),
                     velocity=file["velocity"].astype(np.float32),
+                    tail=file["tail"].astype(np.float32),
+                    tailed=tailed,
                     session=file["session"].tobytes(),
                 )
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

@@ -28,7 +28,7 @@ from atoll.federation.conversation import Conversation, RoundReport, Setting
 from atoll.federation.errors import RoundFailed
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock
 from atoll.federation.parameters import Vector
-from atoll.federation.plan import Plan, Training
+from atoll.federation.plan import Plan
 from atoll.privacy import modes
 from atoll.privacy.errors import BudgetExceeded, Refused
 from atoll.privacy.modes import HubSession
@@ -75,9 +75,7 @@ def run_rounds(
     """
     setting = Setting(grid, plan, cohort, run, clock)
     modes.check(plan.privacy.mode, setting.update_spec, len(initial), len(cohort.trainers))
-    state = _resume(run, session, checkpoints) or Checkpoint(
-        run, 0, 0, 0, initial, np.zeros_like(initial)
-    )
+    state = _resume(run, session, checkpoints) or Checkpoint.fresh(run, initial)
     failures, hoped = 0, len(cohort.trainers)
     for number in range(state.begun + 1, plan.rounds + 1):
         present = await_trainers(
@@ -93,7 +91,7 @@ def run_rounds(
         try:
             epsilon = charge(number)
         except BudgetExceeded:
-            return Outcome(state.weights, state.trained, "budget")
+            return Outcome(state.result, state.trained, "budget")
         state = replace(state, begun=number)
         _save(state, checkpoints)
         talk = Conversation(setting, number, state.weights, present)
@@ -102,7 +100,7 @@ def run_rounds(
             failures += 1
         else:
             failures = 0
-            state = replace(_stepped(state, mean, plan.training), session=session.dump())
+            state = replace(_stepped(state, mean, plan), session=session.dump())
             _save(state, checkpoints)
         on_round(talk.report(epsilon))
         if failures == PATIENCE:
@@ -110,19 +108,25 @@ def run_rounds(
                 f"{PATIENCE} rounds in a row were thrown away ({talk.why}); "
                 "look at why devices drop out, then start the run again"
             )
-    return Outcome(state.weights, state.trained, "complete")
+    return Outcome(state.result, state.trained, "complete")
 
 
-def _stepped(state: Checkpoint, mean: npt.NDArray[np.float64], training: Training) -> Checkpoint:
+def _stepped(state: Checkpoint, mean: npt.NDArray[np.float64], plan: Plan) -> Checkpoint:
     """Return the state after the round that has begun, whose mean update is ``mean``."""
-    velocity = training.server_momentum * state.velocity + mean
-    weights = state.weights + training.server_learning_rate * velocity
+    velocity = plan.training.server_momentum * state.velocity + mean
+    weights = state.weights + plan.training.server_learning_rate * velocity
+    tail, tailed = state.tail, state.tailed
+    if state.begun > plan.rounds - plan.training.averaged_rounds:
+        tailed += 1
+        tail = (tail + (weights - tail) / tailed).astype(np.float32)
     return replace(
         state,
         completed=state.begun,
         trained=state.trained + 1,
         weights=weights.astype(np.float32),
         velocity=velocity.astype(np.float32),
+        tail=tail,
+        tailed=tailed,
     )
 
 

@@ -19,7 +19,7 @@ task = "blobs"
 model = "blobs"
 rounds = {rounds}
 seed = 7
-training = {{ learning_rate = 0.1, batch_size = 16, server_momentum = 0.5 }}
+training = {{ learning_rate = 0.1, batch_size = 16, server_momentum = 0.5, averaged_rounds = 3 }}
 cohort = {{ min_devices = {least}, round_timeout = 60 }}
 privacy = {{ mode = "{mode}", clip_norm = 2.0, noise_multiplier = {noise} }}
 """

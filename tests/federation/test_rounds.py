@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -201,6 +202,19 @@ def test_a_run_taken_up_between_rounds_gives_the_undisturbed_model(
     assert np.array_equal(done.weights, undisturbed.weights)
     assert charged == [1, 2, 3, 4]
     assert done.rounds == 4
+
+
+def test_the_result_is_the_mean_of_the_last_rounds_weights(tmp_path: Path) -> None:
+    def weights(rounds: int, averaged: int) -> np.ndarray:
+        plan = plan_of(count=rounds)
+        training = msgspec.structs.replace(plan.training, averaged_rounds=averaged)
+        done = fleet(tmp_path / f"{rounds}-{averaged}", 3).run(
+            msgspec.structs.replace(plan, training=training)
+        )
+        return done.weights
+
+    after = [weights(rounds, averaged=1) for rounds in (2, 3, 4)]
+    assert np.allclose(weights(4, averaged=3), np.mean(after, axis=0), rtol=0, atol=1e-6)
 
 
 def test_a_round_that_was_cut_short_is_not_begun_again(tmp_path: Path) -> None:
