@@ -85,8 +85,13 @@ class TlsFiles:
     key: Path
 
 
-def superlink_command(host: str, port: int, tls: TlsFiles, database: Path, home: Path) -> Program:
-    """Return the SuperLink; ``home`` is where Flower keeps files of its own."""
+def superlink_command(host: str, port: int, tls: TlsFiles, home: Path) -> Program:
+    """Return the SuperLink; ``home`` is where Flower keeps files of its own.
+
+    Its state is in memory: with a database file each request costs it several times the time,
+    and nothing in there is worth keeping. Whoever starts it registers the nodes again, and a
+    run goes on from its own checkpoint and ledger.
+    """
     return Program(
         [
             _script("flower-superlink"),
@@ -94,7 +99,6 @@ def superlink_command(host: str, port: int, tls: TlsFiles, database: Path, home:
             *("--ssl-ca-certfile", str(tls.ca)),
             *("--ssl-certfile", str(tls.certificate)),
             *("--ssl-keyfile", str(tls.key)),
-            *("--database", str(database)),
             *("--isolation", "process"),
             "--enable-supernode-auth",
             "--disable-runtime-dependency-installation",

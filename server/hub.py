@@ -138,19 +138,22 @@ class Hub:
         )
         broker = self._broker(tls, authority)
         superlink, nodes = self._superlink(supervisor, tls)
+        self._fleet = Fleet(
+            store,
+            broker,
+            lambda: supervisor.pid("broker"),
+            nodes,
+            self._clock,
+            refused=LinkError,
+        )
+        if settings.superlink is None:
+            self._fleet.forget_nodes()
         self.context = HubContext(
             settings=settings,
             store=store,
             authority=authority,
             clock=self._clock,
-            membership=Fleet(
-                store,
-                broker,
-                lambda: supervisor.pid("broker"),
-                nodes,
-                self._clock,
-                refused=LinkError,
-            ),
+            membership=self._fleet,
             nodes=nodes,
             bus=Bus(),
             addresses=Addresses(
@@ -193,7 +196,7 @@ class Hub:
             port = settings.superlink_port or free_port(_LOCAL)
             address = f"{_LOCAL}:{port}"
             files = flower.TlsFiles(tls.superlink.ca, tls.superlink.certificate, tls.superlink.key)
-            program = flower.superlink_command(_LOCAL, port, files, home / "state.db", home)
+            program = flower.superlink_command(_LOCAL, port, files, home)
             supervisor.start(
                 Child(
                     "superlink",
@@ -275,9 +278,12 @@ class Hub:
         self._parts.callback(changes.close)
 
     def _again(self, child: str, store: Store) -> None:
-        """After a child came back: a broker that died has lost its connections."""
+        """After a child came back: a broker lost its connections, a SuperLink all it knew."""
         if child == "broker":
             _all_offline(store)
+        elif child == "superlink":
+            self._fleet.forget_nodes()
+            self._fleet.follow()
 
 
 def run_hub(settings: Settings, say: Callable[[str], None]) -> None:

@@ -97,6 +97,12 @@ class Fleet:
             for device, certificate in new:
                 self._register(device, certificate)
 
+    def forget_nodes(self) -> None:
+        """Note that the SuperLink has started anew and knows no node any more."""
+        with self._nodes_lock, self._store.begin() as connection:
+            connection.execute(update(devices).values(node_id=None))
+            connection.execute(delete(dropped_nodes))
+
     def _drop(self, node: str) -> None:
         try:
             self._nodes.unregister_node(node)

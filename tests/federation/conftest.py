@@ -156,7 +156,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         port = probe.getsockname()[1]
     address = f"127.0.0.1:{port}"
     home = folder / "flower"
-    link = superlink_command("127.0.0.1", port, tls, folder / "superlink.db", home)
+    link = superlink_command("127.0.0.1", port, tls, home)
     executor = superexec_command(address, tls.ca, home, os.getpid())
     admin = SuperLinkAdmin(address, authority.cert_pem)
     more = {"PYTHONPATH": str(HERE), "CONTRACT_FOLDER": str(folder)}

@@ -118,7 +118,7 @@ def test_a_missing_task_names_the_remedy() -> None:
 
 def test_flowers_programs_send_nothing_home_and_install_nothing(tmp_path: Path) -> None:
     tls = TlsFiles(tmp_path / "ca", tmp_path / "cert", tmp_path / "key")
-    link = superlink_command("127.0.0.1", 1234, tls, tmp_path / "db", tmp_path)
+    link = superlink_command("127.0.0.1", 1234, tls, tmp_path)
     executor = superexec_command("127.0.0.1:1234", tls.ca, tmp_path)
     for program in (link, executor):
         assert Path(program.argv[0]).exists()
