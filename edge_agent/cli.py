@@ -1,4 +1,4 @@
-"""``atoll-agent``: enrol, run, status."""
+"""``atoll-agent``: enrol, run, status, outbox."""
 
 import os
 import sys
@@ -68,7 +68,8 @@ def enrol(
     if json:
         typer.echo(msgspec.json.encode({"device": facts.device, "hub": facts.url}))
     else:
-        typer.echo(f"enrolled as {facts.device} at {facts.url}; start it with `atoll-agent run`")
+        start = "atoll-agent run" + (f" --data {data}" if data else "")
+        typer.echo(f"enrolled as {facts.device} at {facts.url}; start it with `{start}`")
 
 
 @app.command(epilog=EPILOG)
@@ -122,6 +123,28 @@ def status(
     for name, value in facts.items():
         shown = "–" if value is None else value
         typer.echo(f"{name.replace('_', ' '):<{width}}  {shown}")
+
+
+@app.command(epilog=EPILOG)
+def outbox(
+    data: Data = None,
+    limit: Annotated[int, typer.Option(min=1, help="Show no more than this many.")] = 50,
+    json: Json = False,  # noqa: FBT002  # typer options are keyword arguments with defaults
+) -> None:
+    """Show what waits to be sent to the hub, in the order of sending."""
+    from atoll.edge_agent.waiting import waiting
+
+    paths = _paths(data)
+    load_credentials(paths)
+    rows = list(waiting(paths.database, limit)) if paths.database.exists() else []
+    if json:
+        typer.echo(msgspec.json.encode(rows))
+        return
+    if not rows:
+        typer.echo("Nothing waits: the hub has acknowledged everything.")
+    for row in rows:
+        when = datetime.fromtimestamp(row.at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        typer.echo(f"{row.boot:>4}/{row.seq:<6} {when}  {row.kind:<10} {row.bytes:>7,} bytes")
 
 
 def _status(paths: Paths) -> dict[str, object]:

@@ -105,7 +105,7 @@ class Control:
         self._events: queue.SimpleQueue[Happening] = queue.SimpleQueue()
         outbox = Outbox(database)
         boot = outbox.start_boot()
-        broker = link.Broker(who.hub.mqtt.host, who.hub.mqtt.port, who.context)
+        broker = link.Broker(who.hub.mqtt.host, who.hub.mqtt.port, who.client_id(), who.context)
         self._link = link.Link(broker, who.hub.device, self._events.put)
         self._sender = Sender(outbox, self._link, boot, clock)
         self._crew = Crew(paths.data, self._events.put)

@@ -4,6 +4,7 @@
 ``ca.pem``, ``root.json`` (the first trusted TUF root) and ``hub.json``.
 """
 
+import hashlib
 import ssl
 from pathlib import Path
 from typing import Final
@@ -13,6 +14,7 @@ from atoll.edge_agent.errors import HubUntrusted, NotEnrolled
 from atoll.edge_agent.paths import Paths
 
 HUB_FILE: Final = "hub.json"
+_CLIENT_ID_DIGITS: Final = 24
 
 
 class Mqtt(msgspec.Struct, frozen=True):
@@ -38,6 +40,17 @@ class Credentials(msgspec.Struct, frozen=True):
     certificate: Path
     key: Path
     ca: Path
+
+    def client_id(self) -> str:
+        """Return our MQTT client id: always the same, and nobody else can guess it.
+
+        Raises :class:`HubUntrusted` when the key cannot be read.
+        """
+        try:
+            secret = hashlib.sha256(b"mqtt client id" + self.key.read_bytes()).hexdigest()
+        except OSError as error:
+            raise HubUntrusted(f"{self.key} cannot be read: {error.strerror}") from error
+        return f"{self.hub.device}-{secret[:_CLIENT_ID_DIGITS]}"
 
     def context(self) -> ssl.SSLContext:
         """Return a client context that trusts our hub's CA alone and shows our certificate.

@@ -54,10 +54,15 @@ Signal = Up | Down | Received | Acknowledged
 
 @dataclass(frozen=True, slots=True)
 class Broker:
-    """Where to connect, and as whom; ``tls`` makes a context for each connection."""
+    """Where to connect, and as whom; ``tls`` makes a context for each connection.
+
+    Whoever connects under the same ``client_id`` takes a connection over, and not every broker
+    ties it to the certificate: it must be one that nobody else can guess.
+    """
 
     host: str
     port: int
+    client_id: str
     tls: Callable[[], ssl.SSLContext] | None
 
 
@@ -88,7 +93,7 @@ class Link:
         self._will = will
         client = Client(
             CallbackAPIVersion.VERSION2,
-            client_id=self._device,
+            client_id=self._broker.client_id,
             clean_session=True,
             reconnect_on_failure=False,
         )

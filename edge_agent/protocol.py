@@ -91,7 +91,7 @@ def parse(
     head, tail = (body, b"") if json_length is None else (body[:json_length], body[json_length:])
     try:
         request = msgspec.json.decode(head, type=_Request)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"the request cannot be read: {error}") from error
     given = {one.name: one for one in request.inputs}
     expected = {port.name: port for port in inputs}

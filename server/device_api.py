@@ -259,7 +259,7 @@ async def _json(request: Request, kind: type[_Body]) -> _Body:
             raise TooLarge(f"the request is larger than {MAX_JSON} bytes")
     try:
         return msgspec.json.decode(bytes(data), type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"the request cannot be read: {error}") from error
 
 
