@@ -104,7 +104,7 @@ class Control:
         self._chance = chance or random.Random()  # noqa: S311  # spreads retries, no secret
         self._events: queue.SimpleQueue[Happening] = queue.SimpleQueue()
         outbox = Outbox(database)
-        boot = outbox.start_boot()
+        boot = outbox.start_boot(who.hub.boot)
         broker = link.Broker(who.hub.mqtt.host, who.hub.mqtt.port, who.client_id(), who.context)
         self._link = link.Link(broker, who.hub.device, self._events.put)
         self._sender = Sender(outbox, self._link, boot, clock)

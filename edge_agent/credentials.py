@@ -31,6 +31,8 @@ class HubFacts(msgspec.Struct, frozen=True):
     url: str
     mqtt: Mqtt
     labels: dict[str, str] = {}
+    boot: int = 0
+    """The highest boot number that the hub knew of this name: ours are higher."""
 
 
 class Credentials(msgspec.Struct, frozen=True):

@@ -43,6 +43,7 @@ class _Enrolment(msgspec.Struct):
     mqtt: Mqtt
     root: str
     labels: dict[str, str] = {}
+    boot: int = 0
 
 
 def enrol(token_text: str, paths: Paths, device: str | None, now: datetime) -> HubFacts:
@@ -74,7 +75,7 @@ def enrol(token_text: str, paths: Paths, device: str | None, now: datetime) -> H
             ) from error
         if public_pem(peer.key) != identity.public_pem() or peer.device != answer.device:
             raise HubUntrusted("the hub issued a certificate for another key: do not use this hub")
-        facts = HubFacts(answer.device, token.url, answer.mqtt, answer.labels)
+        facts = HubFacts(answer.device, token.url, answer.mqtt, answer.labels, answer.boot)
         identity.save(staging)
         for name, content in (
             ("cert.pem", answer.certificate.encode()),

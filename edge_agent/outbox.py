@@ -57,11 +57,14 @@ class Outbox:
         self._database = database
         self._quota = quota
 
-    def start_boot(self) -> int:
-        """Begin the next boot and return its number; durable before it returns."""
+    def start_boot(self, after: int = 0) -> int:
+        """Begin the next boot, one past ``after`` at least, and return its number.
+
+        It is durable before this returns.
+        """
         with self._database.transaction() as rows:
             row = rows.execute(
-                "UPDATE counters SET boot = boot + 1, seq = 0 RETURNING boot"
+                "UPDATE counters SET boot = max(boot, ?) + 1, seq = 0 RETURNING boot", (after,)
             ).fetchone()
         return int(row[0])
 

@@ -132,6 +132,7 @@ class _DeviceApi:
                 },
                 "root": root,
                 "labels": dict(enrolled.labels),
+                "boot": enrolled.boot,
             }
         )
 

@@ -42,6 +42,8 @@ class Enrolled:
     device: str
     certificate: bytes
     labels: Mapping[str, str]
+    boot: int
+    """The highest boot number heard under this name; the device counts on from there."""
 
 
 def new_token(
@@ -132,7 +134,7 @@ def enrol(
         .values(used_by=name)
     )
     audit.record(connection, name, "device.enrol", name, now, serial=peer.serial, labels=labels)
-    return Enrolled(name, certificate, labels)
+    return Enrolled(name, certificate, labels, _boot(connection, name))
 
 
 def renew(
@@ -248,8 +250,15 @@ def _again(
         _, asking = _certify(authority, csr, row.id, now, timedelta(minutes=1))
         present = _peer(authority, certificate, now)
         if present is not None and public_pem(asking.key) == public_pem(present.key):
-            return Enrolled(row.id, certificate, row.labels)
+            return Enrolled(row.id, certificate, row.labels, _boot(connection, row.id))
     raise BadToken("the token was used before", _REMEDY, code="token-used")
+
+
+def _boot(connection: Connection, device: str) -> int:
+    boot: int = connection.execute(
+        select(devices.c.boot).where(devices.c.id == device)
+    ).scalar_one()
+    return boot
 
 
 def _admit(

@@ -288,3 +288,8 @@ def test_a_full_disk_is_told_and_nothing_is_half_written(outbox):
     connection.execute("PRAGMA max_page_count=1000000")
     assert outbox.enqueue(event(), 0.0)
     assert idents(outbox) == [(1, 1), (1, 2)]
+
+
+def test_boots_go_on_from_what_the_hub_knew_of_the_name(tmp_path: Path) -> None:
+    outbox = Outbox(Database(tmp_path / "agent.db"))
+    assert [outbox.start_boot(41), outbox.start_boot(41), outbox.start_boot()] == [42, 43, 44]
