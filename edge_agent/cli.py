@@ -8,6 +8,7 @@ from typing import Annotated
 
 import msgspec
 import typer
+
 from atoll.edge_agent import slots
 from atoll.edge_agent.control import STATUS_KEY, Status
 from atoll.edge_agent.credentials import load as load_credentials

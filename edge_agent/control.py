@@ -20,8 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-import atoll.fleet.wire as wire
 import msgspec
+
+import atoll.fleet.wire as wire
 from atoll.edge_agent import actions, core, credentials, events, health, link, slots
 from atoll.edge_agent.children import Ended, Said
 from atoll.edge_agent.crew import Crew

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+
 from atoll.edge_agent.errors import HubUntrusted, NotEnrolled
 from atoll.edge_agent.paths import Paths
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
+
 from atoll.edge_agent.errors import AgentError, DataUnwritable, DiskFull
 
 _SCHEMA: Final = """

@@ -16,6 +16,8 @@ from datetime import datetime
 from pathlib import Path
 
 import msgspec
+from urllib3.exceptions import InsecureRequestWarning
+
 from atoll.edge_agent.credentials import HUB_FILE, HubFacts, Mqtt
 from atoll.edge_agent.errors import (
     AgentError,
@@ -31,7 +33,6 @@ from atoll.fleet.files import PUBLIC, sync_directory, write_atomic
 from atoll.fleet.identity import Identity, fingerprint, peer_of, public_pem
 from atoll.fleet.token import EnrolmentToken
 from atoll.fleet.topics import check_device_id
-from urllib3.exceptions import InsecureRequestWarning
 
 
 class _Enrolment(msgspec.Struct):

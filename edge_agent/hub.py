@@ -10,8 +10,9 @@ from typing import Final, TypeVar
 
 import msgspec
 import urllib3
-from atoll.edge_agent.errors import HubError, HubRefused, HubUnreachable, HubUntrusted
 from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError, SSLError
+
+from atoll.edge_agent.errors import HubError, HubRefused, HubUnreachable, HubUntrusted
 
 TIMEOUT: Final = urllib3.Timeout(connect=10, read=30)
 MAX_ANSWER: Final = 4 * 1024 * 1024

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from atoll.fleet.topics import Leaf, topic
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.reasoncodes import ReasonCode
+
+from atoll.fleet.topics import Leaf, topic
 
 IN_FLIGHT: Final = 20
 KEEPALIVE: Final = 30

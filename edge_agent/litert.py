@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
+
 from atoll.edge_agent.errors import BadModel
 from atoll.edge_agent.runtime import Port, Tensor
 

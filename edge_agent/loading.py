@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+
 from atoll.edge_agent import runtime
 from atoll.edge_agent.events import Release
 from atoll.edge_agent.runtime import Port, Runtime

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 import numpy as np
 import onnxruntime
+
 from atoll.edge_agent.errors import BadModel
 from atoll.edge_agent.runtime import Port, Tensor
 

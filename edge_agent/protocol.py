@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
+
 from atoll.edge_agent.errors import AgentError
 from atoll.edge_agent.runtime import Port, Tensor
 

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
 from atoll.edge_agent.errors import BadModel
 from atoll.edge_agent.onnx import Onnx
 from atoll.edge_agent.watching import softmax

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+
 from atoll.edge_agent import credentials
 from atoll.edge_agent.errors import AgentError, HubUntrusted
 from atoll.edge_agent.hub import Hub

@@ -20,6 +20,13 @@ from typing import Any, Final
 
 import msgspec
 import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
 from atoll.edge_agent.database import Database
 from atoll.edge_agent.errors import AgentError, BadModel
 from atoll.edge_agent.events import Release
@@ -31,12 +38,6 @@ from atoll.edge_agent.protocol import BadRequest, answer, describe, parse
 from atoll.edge_agent.watching import Latencies, Watch
 from atoll.fleet.errors import FleetError
 from atoll.fleet.wire import Window
-from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
 MAX_BODY: Final = 16 * 1024 * 1024
 TICK_SECONDS: Final = 1.0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+
 from atoll.edge_agent.database import Database
 from atoll.edge_agent.events import Release
 from atoll.edge_agent.paths import sync_tree, translate

@@ -17,15 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
-from atoll.edge_agent import credentials, slots
-from atoll.edge_agent.errors import AgentError, DiskFull, HubError, UpdateRefused
-from atoll.edge_agent.events import Release
-from atoll.edge_agent.hub import Hub, refusal, translate
-from atoll.edge_agent.parent import Parent
-from atoll.edge_agent.paths import Paths, make
-from atoll.edge_agent.paths import translate as translate_os
-from atoll.fleet import bundle, trust
-from atoll.fleet.errors import BadBundle
 from tuf.api.exceptions import (
     DownloadError,
     DownloadHTTPError,
@@ -42,6 +33,16 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # public, without 
 from tuf.ngclient.fetcher import FetcherInterface
 from tuf.ngclient.updater import Updater
 from urllib3.exceptions import HTTPError
+
+from atoll.edge_agent import credentials, slots
+from atoll.edge_agent.errors import AgentError, DiskFull, HubError, UpdateRefused
+from atoll.edge_agent.events import Release
+from atoll.edge_agent.hub import Hub, refusal, translate
+from atoll.edge_agent.parent import Parent
+from atoll.edge_agent.paths import Paths, make
+from atoll.edge_agent.paths import translate as translate_os
+from atoll.fleet import bundle, trust
+from atoll.fleet.errors import BadBundle
 
 CHUNK: Final = 64 * 1024
 SPARE_BYTES: Final = 16 * 1024 * 1024

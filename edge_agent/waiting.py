@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+from sqlite_utils import Database
+
 from atoll.edge_agent.errors import DataUnwritable
 from atoll.fleet import wire
 from atoll.fleet.errors import BadMessage
-from sqlite_utils import Database
 
 
 class Waiting(msgspec.Struct, frozen=True):

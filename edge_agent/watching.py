@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+
 from atoll.fleet import profile as profiles
 from atoll.fleet.bundle import PROFILE
 from atoll.fleet.errors import BadBundle

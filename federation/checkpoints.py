@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+
 from atoll.federation.errors import BadCheckpoint
 from atoll.federation.parameters import Vector
 

@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
 from atoll.federation import messages, parameters, training
 from atoll.federation.errors import BadMessage
 from atoll.federation.plan import Training
@@ -15,8 +18,6 @@ from atoll.federation.task import Split, Task
 from atoll.privacy import update
 from atoll.privacy.keystream import Keystream
 from atoll.privacy.sums import CONTRIBUTE, Integers, PartySum
-from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
 
 KEPT_RUNS: Final = 4
 """Sums of the latest runs are kept; an older run has ended."""

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from flwr.serverapp import Grid
+
 from atoll.federation.errors import RoundFailed
 from atoll.federation.exchange import Clock
-from flwr.serverapp import Grid
 
 _LOOK_SECONDS: Final = 0.5
 

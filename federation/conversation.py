@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from flwr.serverapp import Grid
+
 from atoll.federation import messages, parameters
 from atoll.federation.cohort import Cohort
 from atoll.federation.errors import BadMessage
@@ -21,7 +23,6 @@ from atoll.privacy import update
 from atoll.privacy.errors import Refused, SumFailed
 from atoll.privacy.modes import HubSession
 from atoll.privacy.sums import CONTRIBUTE, Ask, HubSum, RoundKey, SumSpec, Total
-from flwr.serverapp import Grid
 
 
 @dataclass(frozen=True, slots=True)

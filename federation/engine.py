@@ -14,12 +14,13 @@ Any other exception becomes an error reply, as on a real node.
 from collections.abc import Iterable, Mapping
 from itertools import count
 
-from atoll.federation.exchange import Clock
-from atoll.federation.flower import answer, claim_run
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+
+from atoll.federation.exchange import Clock
+from atoll.federation.flower import answer, claim_run
 
 
 class Vanished(Exception):  # says what happened to the device

@@ -10,13 +10,14 @@ enough are there.
 from collections.abc import Mapping
 from contextlib import suppress
 
+from flwr.serverapp import Grid
+
 from atoll.federation import messages, parameters
 from atoll.federation.cohort import Cohort
 from atoll.federation.errors import BadMessage
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock, Replies, exchange
 from atoll.federation.parameters import Vector
 from atoll.federation.task import Split
-from flwr.serverapp import Grid
 
 
 def evaluate(

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from atoll.federation import messages
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+
+from atoll.federation import messages
 
 FASTEST_POLL: Final = 0.1
 SLOWEST_POLL: Final = 0.5

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 import httpx
-from atoll.federation.errors import LinkError
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from flwr.supercore.error import FlowerError
@@ -27,6 +26,8 @@ from flwr.supercore.protobuf.client import (
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from atoll.federation.errors import LinkError
 
 _BUSY: Final = (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS)
 _SECONDS: Final = 30.0

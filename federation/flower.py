@@ -28,9 +28,6 @@ from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
 import httpx
-from atoll.federation import app_bundle
-from atoll.federation.app_bundle import ConfigValue
-from atoll.federation.errors import LinkError
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
@@ -46,6 +43,10 @@ from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.fab import Fab
 from flwr.supercore.task_identity import TaskIdentity
+
+from atoll.federation import app_bundle
+from atoll.federation.app_bundle import ConfigValue
+from atoll.federation.errors import LinkError
 
 _Result = TypeVar("_Result")
 

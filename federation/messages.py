@@ -13,9 +13,10 @@ weights it starts from; :data:`SUM` every other phase of the sum; :data:`EVALUAT
 from typing import Final, TypeVar
 
 import msgspec
+from flwr.app import ConfigRecord, RecordDict
+
 from atoll.federation.errors import BadMessage
 from atoll.privacy.sums import RoundKey, SumSpec
-from flwr.app import ConfigRecord, RecordDict
 
 TRAIN: Final = "train"
 SUM: Final = "train.sum"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
 from atoll.federation.errors import BadMessage
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
-from atoll.federation.errors import BadPlan
 from msgspec import Meta
+
+from atoll.federation.errors import BadPlan
 
 Positive = Annotated[int, Meta(ge=1)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]

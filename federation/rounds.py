@@ -22,6 +22,8 @@ from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
+from flwr.serverapp import Grid
+
 from atoll.federation.checkpoints import Checkpoint, Checkpoints
 from atoll.federation.cohort import Cohort, Member, await_trainers
 from atoll.federation.conversation import Conversation, RoundReport, Setting
@@ -32,7 +34,6 @@ from atoll.federation.plan import Plan
 from atoll.privacy import modes
 from atoll.privacy.errors import BudgetExceeded, Refused
 from atoll.privacy.modes import HubSession
-from flwr.serverapp import Grid
 
 __all__ = ["PATIENCE", "Cohort", "Member", "Outcome", "RoundReport", "run_rounds"]
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkab
 
 import numpy as np
 import numpy.typing as npt
+
 from atoll.federation.errors import TaskMissing
 
 if TYPE_CHECKING:

@@ -11,11 +11,12 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
+
 from atoll.federation.errors import DataMissing
 from atoll.federation.parameters import Vector, flatten, unflatten
 from atoll.federation.plan import Training
 from atoll.federation.task import Examples
-from torch import nn
 
 THREADS: Final = 2
 _EVALUATION_BATCH: Final = 256

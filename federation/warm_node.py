@@ -17,10 +17,6 @@ from pathlib import Path
 from typing import Final, Self, TypeVar
 
 import httpx
-from atoll.federation.errors import LinkError
-from atoll.federation.exchange import FASTEST_POLL, poll_delay
-from atoll.federation.fleet_client import FleetClient, Lost, Skip
-from atoll.federation.flower import answer
 from flwr.app import Context, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.clientapp import ClientApp
@@ -52,6 +48,11 @@ from flwr.supercore.inflatable.inflatable_utils import (
     pull_objects,
     push_objects,
 )
+
+from atoll.federation.errors import LinkError
+from atoll.federation.exchange import FASTEST_POLL, poll_delay
+from atoll.federation.fleet_client import FleetClient, Lost, Skip
+from atoll.federation.flower import answer
 
 SLOWEST_POLL: Final = 2.0
 _HEARTBEAT: Final = 10

@@ -12,6 +12,12 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
 
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
 from atoll.fleet.certificates import (
     load_key,
     p384,
@@ -25,11 +31,6 @@ from atoll.fleet.certificates import (
 from atoll.fleet.errors import BadIdentity
 from atoll.fleet.files import PUBLIC, write_atomic
 from atoll.fleet.topics import check_device_id
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID
 
 BACKDATE: Final = timedelta(hours=24)
 DEVICE_LIFE: Final = timedelta(days=30)

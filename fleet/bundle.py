@@ -15,9 +15,10 @@ from typing import Annotated, Final, NamedTuple
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
+
 from atoll.fleet.errors import BadBundle
 from atoll.fleet.files import PUBLIC, write_atomic
-from msgspec import Meta
 
 MANIFEST: Final = "manifest.json"
 MODEL: Final = "model.onnx"

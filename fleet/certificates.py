@@ -9,13 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from atoll.fleet.errors import BadIdentity
-from atoll.fleet.topics import DEVICE_ID
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.x509.oid import NameOID
+
+from atoll.fleet.errors import BadIdentity
+from atoll.fleet.topics import DEVICE_ID
 
 SEAL_URN: Final = "urn:atoll:x25519:"
 

@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+
 from atoll.fleet.errors import BadProfile
 
 Counts = npt.NDArray[np.int64]

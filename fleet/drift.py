@@ -27,6 +27,7 @@ from typing import Final, Literal, NamedTuple
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
 from atoll.fleet.chisquare import critical, survival
 from atoll.fleet.counts import Counts
 from atoll.fleet.errors import BadProfile

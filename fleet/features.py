@@ -15,6 +15,7 @@ from typing import Final, Literal, NamedTuple
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
 from atoll.fleet.counts import Counts, checked
 from atoll.fleet.errors import BadProfile
 

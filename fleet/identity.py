@@ -19,6 +19,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+
 from atoll.fleet.authority import (
     BACKDATE,
     DEVICE_LIFE,
@@ -42,11 +48,6 @@ from atoll.fleet.certificates import (
 from atoll.fleet.errors import BadIdentity
 from atoll.fleet.files import write_atomic
 from atoll.fleet.topics import check_device_id
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
 __all__ = [
     "BACKDATE",

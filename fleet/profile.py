@@ -16,6 +16,7 @@ from typing import Final
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
 from atoll.fleet.counts import (
     MAX_COUNT,
     Counts,

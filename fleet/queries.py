@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Final, Literal, TypeVar
 
 import msgspec
+
 from atoll.fleet.errors import BadMessage
 from atoll.fleet.features import FINE_BINS, FeatureSpec, Ranges
 

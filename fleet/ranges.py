@@ -20,6 +20,7 @@ from typing import Final
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
 from atoll.fleet.counts import MAX_COUNT, Counts, checked, pack_counts, unpack_counts
 from atoll.fleet.errors import BadProfile
 
@@ -74,7 +75,8 @@ def observe(values: npt.NDArray[np.floating]) -> Histogram:
     if not finite.size:
         return Histogram(EMPTY.exponent, 0, EMPTY.counts, odd)
     largest = float(np.abs(finite).max())
-    exponent = max(frexp(largest)[1] - _MANTISSA, MIN_EXPONENT)
+    # Zeros alone fit the finest bins; frexp(0) says nothing about them.
+    exponent = max(frexp(largest)[1] - _MANTISSA, MIN_EXPONENT) if largest else MIN_EXPONENT
     index = np.floor(np.ldexp(finite, -exponent)).astype(np.int64)
     low, high = int(index.min()), int(index.max())
     shift = _shift(low, high)

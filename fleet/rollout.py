@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final, Literal, NamedTuple
 
 import msgspec
+
 from atoll.fleet.twin import outcome
 from atoll.fleet.wire import Desired, Reported
 

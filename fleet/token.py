@@ -13,6 +13,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 import msgspec
+
 from atoll.fleet.errors import BadDeviceId, BadIdentity
 from atoll.fleet.topics import check_device_id
 

@@ -6,6 +6,7 @@ from math import isfinite
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
 from atoll.fleet.counts import MAX_COUNT
 from atoll.fleet.errors import BadProfile
 from atoll.fleet.features import MAX_BINS_PER_FEATURE

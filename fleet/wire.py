@@ -16,8 +16,9 @@ text), so a message that decodes can be stored and one bad device cannot stop th
 from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
-from atoll.fleet.errors import BadMessage
 from msgspec import Meta
+
+from atoll.fleet.errors import BadMessage
 
 MAX_MESSAGE_BYTES: Final = 256 * 1024
 

@@ -22,10 +22,11 @@ from typing import Final, Literal
 import dp_accounting
 import numpy as np
 import numpy.typing as npt
-from atoll.privacy.errors import BadParameters
 from dp_accounting.pld import privacy_loss_distribution as pld
 from dp_accounting.rdp import RdpAccountant
 from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
+
+from atoll.privacy.errors import BadParameters
 
 Method = Literal["nothing spent", "closed form", "pld", "rdp", "unbounded"]
 

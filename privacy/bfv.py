@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 import tenseal.sealapi as seal
+
 from atoll.privacy.errors import BadParameters, Refused
 from atoll.privacy.sums import Integers
 

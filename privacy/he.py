@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+
 from atoll.privacy import bfv, frames, terms, wrapping
 from atoll.privacy.errors import BadParameters, Refused
 from atoll.privacy.frames import Frame

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
+
 from atoll.privacy import bfv, frames, terms
 from atoll.privacy.errors import Refused, SumFailed, TooFewSurvivors
 from atoll.privacy.frames import Frame

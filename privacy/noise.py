@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+
 from atoll.privacy.errors import BadParameters
 from atoll.privacy.keystream import Keystream
 

@@ -8,6 +8,7 @@ ever carries and the digits come back one by one. The last slot of each block ca
 from dataclasses import dataclass
 
 import numpy as np
+
 from atoll.privacy.bfv import SLOTS, plain_modulus
 from atoll.privacy.errors import BadParameters
 from atoll.privacy.sums import Integers, SumSpec

@@ -7,6 +7,7 @@ of the others. The hub holds the running sum and never a second term.
 from collections.abc import Sequence
 
 import numpy as np
+
 from atoll.privacy import frames, terms
 from atoll.privacy.errors import Refused, SumFailed, TooFewSurvivors
 from atoll.privacy.sums import CONTRIBUTE, Ask, Integers, SumSpec, Total

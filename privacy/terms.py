@@ -3,6 +3,7 @@
 from typing import Any, Final
 
 import numpy as np
+
 from atoll.privacy.errors import BadParameters, Refused
 from atoll.privacy.sums import Integers, SumSpec
 

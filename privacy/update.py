@@ -18,6 +18,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+
 from atoll.privacy import noise
 from atoll.privacy.errors import BadParameters, BadUpdate
 from atoll.privacy.keystream import Keystream

@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 from typing import Final
 
-from atoll.server.errors import HubError, NotFound
 from starlette.responses import JSONResponse
+
+from atoll.server.errors import HubError, NotFound
 
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _DEEPEST: Final = 6

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import Annotated, Final
 
+from fastapi import Depends
+from fastapi.requests import Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
 from atoll.server import auth
 from atoll.server.auth import Operator, Role
 from atoll.server.context import HubContext
 from atoll.server.errors import Unauthenticated
-from fastapi import Depends
-from fastapi.requests import Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 _bearer: Final = HTTPBearer(auto_error=False, description="The token in the hub's operator.json")
 

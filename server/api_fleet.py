@@ -2,14 +2,15 @@
 
 from typing import Annotated, Any, Final
 
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+from sqlalchemy import Select, select
+
 from atoll.server import audit, auth, enrolment, sessions
 from atoll.server.api_access import Admin, Hub, Operating, Viewer
 from atoll.server.auth import Role
 from atoll.server.errors import NotFound
 from atoll.server.schema import devices, health, twins
-from fastapi import APIRouter
-from pydantic import BaseModel, Field
-from sqlalchemy import Select, select
 
 router: Final = APIRouter()
 

@@ -2,15 +2,16 @@
 
 from typing import Annotated, Any, Final
 
+from fastapi import APIRouter, Query
+from fastapi.responses import Response
+from pydantic import BaseModel, Field
+from sqlalchemy import select, update
+
 from atoll.server import audit, publishing, repository, rollouts
 from atoll.server.api_access import Approver, Hub, Operating, Viewer
 from atoll.server.errors import Conflict, NotFound
 from atoll.server.schema import alerts, devices, drift, releases
 from atoll.server.schema import rollouts as rollouts_table
-from fastapi import APIRouter, Query
-from fastapi.responses import Response
-from pydantic import BaseModel, Field
-from sqlalchemy import select, update
 
 router: Final = APIRouter()
 

@@ -3,6 +3,11 @@
 import math
 from typing import Annotated, Any, Final
 
+from fastapi import APIRouter, Query
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, Field
+from sqlalchemy import select
+
 from atoll.federation.errors import LinkError
 from atoll.privacy.ledger import Ledger
 from atoll.server import runs
@@ -12,10 +17,6 @@ from atoll.server.errors import NotFound, Unavailable
 from atoll.server.ledger_store import SqlLedgerStore
 from atoll.server.schema import rounds
 from atoll.server.schema import runs as runs_table
-from fastapi import APIRouter, Query
-from fastapi.responses import FileResponse
-from pydantic import BaseModel, Field
-from sqlalchemy import select
 
 router: Final = APIRouter()
 

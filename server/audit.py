@@ -10,9 +10,10 @@ import json
 from collections.abc import Sequence
 from typing import Final
 
+from sqlalchemy import Connection, func, insert, select, text
+
 from atoll.server.errors import HubError
 from atoll.server.schema import audit
-from sqlalchemy import Connection, func, insert, select, text
 
 Fact = str | int | float | bool | None | Sequence["Fact"] | dict[str, "Fact"]
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
+from sqlalchemy import Connection, insert, select, update
+
 from atoll.server.errors import BadInput, Conflict, Forbidden, NotFound, Unauthenticated
 from atoll.server.schema import operators
-from sqlalchemy import Connection, insert, select, update
 
 Role = Literal["viewer", "operator", "approver", "admin"]
 

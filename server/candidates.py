@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+
 from atoll.federation.plan import Plan
 from atoll.federation.task import Task
 from atoll.fleet import bundle as bundles

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Annotated, Any, Final
 
 import typer
+
 from atoll.server import cli_device, cli_hub, cli_keys, cli_model, cli_plan
 from atoll.server.cli_options import Data, Json, connect, flowing, guarded
 from atoll.server.tables import put, put_json

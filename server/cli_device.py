@@ -4,6 +4,7 @@ import time
 from typing import Annotated, Any
 
 import typer
+
 from atoll.fleet.errors import BadDeviceId
 from atoll.fleet.topics import check_device_id
 from atoll.server.cli_options import Data, Json, Yes, agreed, connect, guarded

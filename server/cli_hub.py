@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from atoll.server.cli_options import Data
 from atoll.server.client import Misuse, default_data
 from atoll.server.tables import put

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from atoll.server.cli_options import Data, Json, guarded
 from atoll.server.client import Failure, default_data
 from atoll.server.tables import note, put, put_json

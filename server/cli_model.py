@@ -4,6 +4,7 @@ import time
 from typing import Annotated, Any, Final
 
 import typer
+
 from atoll.server import cli_publish
 from atoll.server.cli_options import Data, Json, connect, guarded
 from atoll.server.client import Failure, HubClient

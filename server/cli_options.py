@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Final, ParamSpec, TypeVar
 
 import typer
+
 from atoll.server.client import Failure, HubClient, find_access
 from atoll.server.errors import HubError
 from atoll.server.tables import clean, note

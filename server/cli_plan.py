@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from atoll.federation import plan as plans
 from atoll.federation.errors import BadPlan
 from atoll.server.cli_options import Data, Json, connect, guarded

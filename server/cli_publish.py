@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
+
 from atoll.server.cli_options import Data, Json, Yes, agreed, connect, guarded
 from atoll.server.client import Failure, HubClient, Misuse, default_data
 from atoll.server.tables import clean, note, put, put_json

@@ -11,12 +11,13 @@ from collections.abc import Collection
 from typing import Any, Final
 
 import msgspec
+from sqlalchemy import Connection, select, update
+
 from atoll.fleet.topics import topic
 from atoll.fleet.wire import Desired, encode
 from atoll.server.link import Link, published
 from atoll.server.schema import devices, twins
 from atoll.server.store import Store
-from sqlalchemy import Connection, select, update
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,13 @@ from pathlib import Path
 from typing import Annotated, Final, TypeVar
 
 import msgspec
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from atoll.fleet.identity import Peer
 from atoll.server import enrolment
 from atoll.server.answers import error_response, inside
@@ -23,12 +30,6 @@ from atoll.server.errors import BadInput, HubError, NotFound, TooLarge, Unavaila
 from atoll.server.fleet_front import FleetFront
 from atoll.server.peers import Attempts, Peers, Traffic
 from atoll.server.tls_app import peer_certificate
-from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 

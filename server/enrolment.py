@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
+from sqlalchemy import Connection, RowMapping, insert, select, update
+
 from atoll.fleet.errors import BadDeviceId, BadIdentity
 from atoll.fleet.identity import Authority, Peer, peer_of, public_pem
 from atoll.fleet.token import EnrolmentToken
@@ -22,7 +24,6 @@ from atoll.server import audit
 from atoll.server.auth import digest
 from atoll.server.errors import BadInput, Conflict, Forbidden, NotFound
 from atoll.server.schema import devices, dropped_nodes, enrolment_tokens, twins
-from sqlalchemy import Connection, RowMapping, insert, select, update
 
 TOKEN_SECONDS: Final = 24 * 3600.0
 """How long a token lives unless told otherwise."""

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 import onnx
-from atoll.server.errors import HubError
 from onnx import TensorProto, helper, shape_inference
+
+from atoll.server.errors import HubError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -13,11 +13,12 @@ from types import TracebackType
 from typing import Final, Self
 
 import httpx
-from atoll.fleet.identity import Peer, public_pem
-from atoll.server.errors import Forbidden, NotFound, Unavailable
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+
+from atoll.fleet.identity import Peer, public_pem
+from atoll.server.errors import Forbidden, NotFound, Unavailable
 
 FLEET_CALLS: Final = frozenset(
     {

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Final, Self
 
+from sqlalchemy import update
+
 from atoll.federation import flower
 from atoll.federation.errors import LinkError
 from atoll.fleet.authority import Authority
@@ -46,7 +48,6 @@ from atoll.server.store import Store
 from atoll.server.supervisor import Address, Child, Supervisor
 from atoll.server.tls_app import WebServer, listen, server_context
 from atoll.server.tls_files import HubTls, open_authority, open_tls
-from sqlalchemy import update
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+
 from atoll.fleet import topics
 from atoll.fleet.errors import BadTopic
 from atoll.fleet.wire import Event, Window
@@ -20,7 +22,6 @@ from atoll.server.events import Bus, Subject
 from atoll.server.intake import Received, Unreadable, read, store_batch
 from atoll.server.link import Incoming, Link
 from atoll.server.store import Store
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 log = logging.getLogger(__name__)
 

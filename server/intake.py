@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
+from sqlalchemy import Connection, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
 from atoll.fleet import topics
 from atoll.fleet.errors import BadMessage, BadTopic
 from atoll.fleet.wire import (
@@ -27,8 +30,6 @@ from atoll.fleet.wire import (
 )
 from atoll.server.link import Incoming
 from atoll.server.schema import alerts, devices, health, messages, twins, windows
-from sqlalchemy import Connection, insert, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 _LEAVES: Final[Mapping[type[Body], topics.Leaf]] = {
     Birth: "status",

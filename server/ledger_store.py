@@ -7,11 +7,12 @@ transaction that holds the write lock from its first look to its commit.
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from sqlalchemy import Connection, insert, select, text
+
 from atoll.privacy.ledger import Record
 from atoll.server.context import Clock
 from atoll.server.schema import ledger
 from atoll.server.store import Store
-from sqlalchemy import Connection, insert, select, text
 
 _CHARGE_LOCK: Final = 0x6C6564676572  # "ledger", the key of a PostgreSQL advisory lock
 

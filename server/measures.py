@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from atoll.federation.messages import EvaluateReply
 from atoll.server.questions import Confusion, Tally
 

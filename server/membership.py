@@ -9,13 +9,14 @@ import logging
 import threading
 from collections.abc import Callable
 
+from cryptography.hazmat.primitives.asymmetric import ec
+from sqlalchemy import delete, select, update
+
 from atoll.fleet.identity import public_pem, read_certificate
 from atoll.server.broker import Broker
 from atoll.server.context import Clock, Nodes
 from atoll.server.schema import devices, dropped_nodes
 from atoll.server.store import Store
-from cryptography.hazmat.primitives.asymmetric import ec
-from sqlalchemy import delete, select, update
 
 log = logging.getLogger(__name__)
 

@@ -26,6 +26,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+
 from atoll.fleet.authority import Authority
 from atoll.fleet.files import PUBLIC, write_atomic
 from atoll.fleet.topics import check_device_id
@@ -39,8 +42,6 @@ from atoll.server.broker import (
 )
 from atoll.server.errors import CannotStart
 from atoll.server.supervisor import Address, Child
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
 
 SAVE_SECONDS: Final = 5
 QUEUE: Final = 100_000_000

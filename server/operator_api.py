@@ -12,13 +12,6 @@ from collections.abc import Collection
 from importlib.metadata import version
 from typing import Final
 
-from atoll.server import api_fleet, api_models, api_runs
-from atoll.server.answers import error_response
-from atoll.server.api_access import Hub, Viewer
-from atoll.server.context import HubContext
-from atoll.server.errors import BadInput, HubError, NotFound, TooLarge
-from atoll.server.schema import operators
-from atoll.server.stream import Changes, events
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.requests import Request
@@ -26,6 +19,14 @@ from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from sqlalchemy import select
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from atoll.server import api_fleet, api_models, api_runs
+from atoll.server.answers import error_response
+from atoll.server.api_access import Hub, Viewer
+from atoll.server.context import HubContext
+from atoll.server.errors import BadInput, HubError, NotFound, TooLarge
+from atoll.server.schema import operators
+from atoll.server.stream import Changes, events
 
 log = logging.getLogger(__name__)
 

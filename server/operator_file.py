@@ -4,12 +4,13 @@ import json
 import os
 from typing import Final
 
+from sqlalchemy import select
+
 from atoll.fleet.files import write_atomic
 from atoll.server import audit, auth, sessions
 from atoll.server.context import HubContext
 from atoll.server.errors import Unauthenticated
 from atoll.server.schema import operators
-from sqlalchemy import select
 
 ADMIN: Final = "admin"
 """The operator that a new hub has; its token is in ``operator.json``."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
+from sqlalchemy import update
+
 from atoll.fleet.errors import BadIdentity
 from atoll.fleet.identity import Peer, peer_of
 from atoll.server import enrolment
@@ -14,7 +16,6 @@ from atoll.server.context import Clock
 from atoll.server.errors import Forbidden, TooMany, Unauthenticated
 from atoll.server.schema import devices
 from atoll.server.store import Store
-from sqlalchemy import update
 
 _REMEMBERED: Final = 4096
 

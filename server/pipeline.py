@@ -17,6 +17,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from flwr.serverapp import Grid
+
 from atoll.federation import evaluation, parameters, rounds
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.cohort import Cohort
@@ -36,7 +38,6 @@ from atoll.server.measures import sides_of, total
 from atoll.server.policy import Rule, Verdict
 from atoll.server.questions import Questions, Tally
 from atoll.server.recording import Recorder
-from flwr.serverapp import Grid
 
 CALIBRATED_SHARE: Final = 0.9999
 """Share of a tensor's values within its int8 range; the rest saturates."""

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+from sqlalchemy import Connection, insert, select, update
+from tuf.api.metadata import Metadata, TargetFile, Targets  # type: ignore[attr-defined]  # public, without ``__all__``
+
 from atoll.fleet import bundle, trust
 from atoll.fleet.bundle import Manifest
 from atoll.fleet.errors import BadBundle
@@ -20,8 +23,6 @@ from atoll.server.errors import BadInput, Conflict, NotFound
 from atoll.server.schema import releases, runs
 from atoll.server.settings import Settings
 from atoll.server.store import Store
-from sqlalchemy import Connection, insert, select, update
-from tuf.api.metadata import Metadata, TargetFile, Targets  # type: ignore[attr-defined]  # public, without ``__all__``
 
 log = logging.getLogger(__name__)
 

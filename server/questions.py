@@ -12,6 +12,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from flwr.serverapp import Grid
+
 from atoll.federation import evaluation
 from atoll.federation.cohort import Cohort
 from atoll.federation.errors import RoundFailed
@@ -22,7 +24,6 @@ from atoll.fleet.errors import BadMessage, BadProfile
 from atoll.fleet.features import FINE_BINS, FeatureSpec
 from atoll.fleet.profile import Profile
 from atoll.fleet.queries import Split
-from flwr.serverapp import Grid
 
 Confusion = npt.NDArray[np.int64]
 """``[true, predicted]``, int64 ``(classes, classes)``."""

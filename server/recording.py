@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from sqlalchemy import delete, insert, select, update
+
 from atoll.federation.conversation import RoundReport
 from atoll.server.schema import rounds, runs
 from atoll.server.store import Store
-from sqlalchemy import delete, insert, select, update
 
 
 class Recorder(Protocol):

@@ -37,6 +37,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import (  # type: ignore[attr-defined]  # public, without ``__all__``
+    MetaFile,
+    Root,
+    Snapshot,
+    Targets,
+    Timestamp,
+)
+
 from atoll.fleet import bundle as bundles
 from atoll.fleet import trust
 from atoll.fleet.errors import BadBundle
@@ -55,14 +64,6 @@ from atoll.server.tuf_metadata import (
     parse,
     signed,
     signer,
-)
-from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import (  # type: ignore[attr-defined]  # public, without ``__all__``
-    MetaFile,
-    Root,
-    Snapshot,
-    Targets,
-    Timestamp,
 )
 
 _ROOM: Final = 0.5

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
+from sqlalchemy import Connection, RowMapping, insert, select, update
+
 from atoll.fleet import rollout as rules
 from atoll.fleet.rollout import Decision, Rollout, Twin
 from atoll.fleet.wire import Desired, Reported
@@ -17,7 +19,6 @@ from atoll.server import audit, desired
 from atoll.server.errors import BadInput, Conflict, NotFound
 from atoll.server.schema import alerts, devices, releases, rollouts, twins
 from atoll.server.store import Store
-from sqlalchemy import Connection, RowMapping, insert, select, update
 
 log = logging.getLogger(__name__)
 

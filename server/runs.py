@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any, Final
 
+from sqlalchemy import Connection, RowMapping, insert, select, update
+
 from atoll.federation.errors import BadPlan, LinkError
 from atoll.federation.plan import Plan, loads
 from atoll.server import audit, desired
@@ -20,7 +22,6 @@ from atoll.server.context import Clock, Nodes
 from atoll.server.errors import BadInput, Conflict, Forbidden, NotFound
 from atoll.server.schema import devices, runs, twins
 from atoll.server.store import Store
-from sqlalchemy import Connection, RowMapping, insert, select, update
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from sqlalchemy import update
+
 from atoll.server.context import Clock
 from atoll.server.schema import devices
 from atoll.server.store import Store
-from sqlalchemy import update
 
 log = logging.getLogger(__name__)
 

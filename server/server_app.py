@@ -12,6 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Literal
 
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from sqlalchemy import Connection, select, update
+
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.cohort import Cohort, Member
 from atoll.federation.errors import FederationError, RoundFailed
@@ -31,9 +35,6 @@ from atoll.server.runs import RUN_KEY
 from atoll.server.schema import devices, runs
 from atoll.server.settings import Settings
 from atoll.server.store import Store
-from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
-from sqlalchemy import Connection, select, update
 
 ACTOR: Final = "run"
 """Who the audit log names for what a run's process does."""

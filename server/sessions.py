@@ -9,9 +9,10 @@ logout, or when its operator is revoked.
 import secrets
 from typing import Final
 
+from sqlalchemy import Connection, delete, insert, select, update
+
 from atoll.server.auth import ROLES, Operator, digest
 from atoll.server.schema import login_codes, operators, sessions
-from sqlalchemy import Connection, delete, insert, select, update
 
 CODE_SECONDS: Final = 600.0
 SESSION_SECONDS: Final = 12 * 3600.0

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from atoll.server.store import sqlite_url
 from platformdirs import user_data_path
+
+from atoll.server.store import sqlite_url
 
 BrokerKind = Literal["nats", "mosquitto"]
 

@@ -10,11 +10,6 @@ what comes out goes to :func:`atoll.server.repository.accept_release`.
 from datetime import datetime
 from pathlib import Path
 
-from atoll.fleet import bundle as bundles
-from atoll.fleet import trust
-from atoll.fleet.errors import BadBundle
-from atoll.fleet.trust import TargetInfo
-from atoll.server.tuf_metadata import BadRelease, expiry, holds, parse, signed, signer
 from securesystemslib.exceptions import UnverifiedSignatureError
 from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # public
 from tuf.api.metadata import (  # type: ignore[attr-defined]  # public, without ``__all__``
@@ -22,6 +17,12 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # public, without 
     TargetFile,
     Targets,
 )
+
+from atoll.fleet import bundle as bundles
+from atoll.fleet import trust
+from atoll.fleet.errors import BadBundle
+from atoll.fleet.trust import TargetInfo
+from atoll.server.tuf_metadata import BadRelease, expiry, holds, parse, signed, signer
 
 
 def next_release(current: bytes, model: str) -> TargetInfo:

@@ -14,10 +14,11 @@ from typing import Any, Final
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from atoll.server.errors import StoreUnusable
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from atoll.server.errors import StoreUnusable
 
 BUSY_SECONDS: Final = 15
 _READ: Final = "atoll_read"

@@ -17,11 +17,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Final
 
+from sqlalchemy import Executable, func, select
+from starlette.concurrency import run_in_threadpool
+
 from atoll.server import schema
 from atoll.server.events import Bus, Subject
 from atoll.server.store import Store
-from sqlalchemy import Executable, func, select
-from starlette.concurrency import run_in_threadpool
 
 INTERVAL: Final = 1.0
 """Seconds between two looks at the tables."""

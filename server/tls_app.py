@@ -15,6 +15,7 @@ from socket import AF_INET, AF_INET6, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, soc
 from typing import TYPE_CHECKING, Any, Final
 
 import uvicorn
+
 from atoll.server.errors import CannotStart, PortTaken
 
 if TYPE_CHECKING:

@@ -9,12 +9,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+
 from atoll.fleet.errors import BadIdentity
 from atoll.fleet.files import PUBLIC, sync_directory, write_atomic
 from atoll.fleet.identity import HUB_SERVICE, Authority, load_key, read_certificate, renew_due
 from atoll.server.broker import TlsFiles
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 
 LOCAL_NAMES: Final = ("localhost",)
 LOCAL_ADDRESSES: Final = ("127.0.0.1", "::1")

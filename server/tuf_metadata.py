@@ -9,10 +9,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final, TypeVar
 
-from atoll.fleet import bundle as bundles
-from atoll.fleet import trust
-from atoll.fleet.files import write_atomic
-from atoll.server.errors import BadInput
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # public
@@ -26,6 +22,11 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # public, without 
     Timestamp,
 )
 from tuf.api.serialization.json import JSONSerializer
+
+from atoll.fleet import bundle as bundles
+from atoll.fleet import trust
+from atoll.fleet.files import write_atomic
+from atoll.server.errors import BadInput
 
 OFFLINE: Final = ("root", "targets")
 """Roles whose keys a person keeps."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Final
 
 import msgspec
+from sqlalchemy import Connection, delete, func, insert, select, update
+
 from atoll.fleet.counts import unpack_all
 from atoll.fleet.drift import DeviceVerdict
 from atoll.fleet.errors import BadProfile
@@ -29,7 +31,6 @@ from atoll.server.watch_rules import (
     judge,
     split,
 )
-from sqlalchemy import Connection, delete, func, insert, select, update
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
 
+from fastapi import FastAPI
+from jinja2 import Environment
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
 from atoll.server import web_views
 from atoll.server.api_models import acknowledge_alert
 from atoll.server.api_runs import approve_run, cancel_run
@@ -24,15 +34,6 @@ from atoll.server.watch_rules import Rules
 from atoll.server.web_access import COOKIE, check_origin, local_path, set_cookie, viewer
 from atoll.server.web_pages import TABS, Page, pages
 from atoll.server.web_render import HEADERS, STATIC, templates
-from fastapi import FastAPI
-from jinja2 import Environment
-from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
 
 log = logging.getLogger(__name__)
 

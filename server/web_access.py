@@ -9,12 +9,13 @@ with the cookie's rule keeps other sites from acting for whoever is signed in.
 from typing import Final
 from urllib.parse import urlsplit
 
+from starlette.requests import Request
+from starlette.responses import Response
+
 from atoll.server.auth import Operator
 from atoll.server.context import HubContext
 from atoll.server.errors import Forbidden, Unauthenticated
 from atoll.server.sessions import SESSION_SECONDS, session_operator
-from starlette.requests import Request
-from starlette.responses import Response
 
 COOKIE: Final = "atoll_session"
 

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final
 
+from sqlalchemy import Connection, select
+
 from atoll.fleet.profile import OUTPUT_CLASS
 from atoll.server import schema
 from atoll.server.errors import NotFound
@@ -12,7 +14,6 @@ from atoll.server.watch import compared_windows, profile_of
 from atoll.server.watch_rules import Rules, Serving
 from atoll.server.web_charts import bars
 from atoll.server.web_read import first, rows
-from sqlalchemy import Connection, select
 
 EVENTS: Final = 20
 

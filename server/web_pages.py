@@ -4,6 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from sqlalchemy import Connection
+from starlette.requests import Request
+
 from atoll.fleet.bundle import CARD
 from atoll.server import web_views
 from atoll.server.context import HubContext
@@ -12,8 +15,6 @@ from atoll.server.watch_rules import Rules
 from atoll.server.web_devices import device, devices
 from atoll.server.web_privacy import privacy, summary
 from atoll.server.web_runs import run, runs
-from sqlalchemy import Connection
-from starlette.requests import Request
 
 TABS: Final = (
     ("overview", "/", "Overview"),

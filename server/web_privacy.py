@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
+from sqlalchemy import Connection, select
+
 from atoll.federation.errors import BadPlan
 from atoll.federation.plan import Privacy, loads
 from atoll.privacy.accounting import (
@@ -24,7 +26,6 @@ from atoll.server import schema
 from atoll.server.web_charts import plot
 from atoll.server.web_format import Tone
 from atoll.server.web_read import first, rows
-from sqlalchemy import Connection, select
 
 STRONG: Final = 1.0
 WEAK: Final = 10.0

@@ -5,9 +5,10 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from atoll.server.web_format import FILTERS, ago
 from jinja2 import Environment, PackageLoader, StrictUndefined, pass_context
 from jinja2.runtime import Context
+
+from atoll.server.web_format import FILTERS, ago
 
 STATIC: Final = Path(__file__).with_name("static")
 HEADERS: Final = {

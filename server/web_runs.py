@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from sqlalchemy import Connection, func, select
+
 from atoll.federation.errors import BadPlan
 from atoll.federation.plan import Plan, loads
 from atoll.server import schema
 from atoll.server.errors import NotFound
 from atoll.server.web_charts import plot
 from atoll.server.web_read import first, rows
-from sqlalchemy import Connection, func, select
 
 LIMIT: Final = 100
 STAGES: Final = (

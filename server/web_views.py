@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from sqlalchemy import Connection, Table, func, select
+
 from atoll.server import audit as audit_log
 from atoll.server import schema
 from atoll.server.web_devices import fleet_rows
 from atoll.server.web_loop import Facts, steps
 from atoll.server.web_read import first, rows
 from atoll.server.web_runs import run_row
-from sqlalchemy import Connection, Table, func, select
 
 View = dict[str, Any]
 

@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from rich.console import Console
+
 from atoll.federation import plan as plans
 from atoll.federation.task import Examples
 from atoll.server.errors import HubError
@@ -32,7 +34,6 @@ from atoll.simulations.traffic import (
     shuffled_halves,
     turned,
 )
-from rich.console import Console
 
 PLAN: Final = Path(__file__).with_name("spar.toml")
 UNSEEN: Final = (9, 10)

@@ -8,11 +8,12 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
+from rich.console import Console
+from rich.table import Table
+
 from atoll.federation.plan import Plan
 from atoll.privacy.accounting import Gaussian, spent
 from atoll.simulations.traffic import Served
-from rich.console import Console
-from rich.table import Table
 
 PUBLISHED: Final = {"known": 0.996, "unseen": 0.873}
 """Burns et al. 2018 (arXiv 1802.01489v1), the same ten people, cross-validated."""

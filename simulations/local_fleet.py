@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 import httpx
+
 from atoll.server.supervisor import Child, Supervisor, last_lines
 
 HUB_SECONDS: Final = 60.0

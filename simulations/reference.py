@@ -24,6 +24,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
+
 from atoll.federation import client_app, parameters, rounds, training
 from atoll.federation import plan as plans
 from atoll.federation.engine import InProcessGrid

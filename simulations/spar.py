@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
+
 from atoll.federation.errors import DataMissing
 from atoll.federation.task import Examples, Split
 

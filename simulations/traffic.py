@@ -13,6 +13,7 @@ from typing import Final
 import httpx
 import numpy as np
 import numpy.typing as npt
+
 from atoll.federation.task import Examples
 
 Windows = npt.NDArray[np.float32]

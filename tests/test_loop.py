@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from atoll.simulations.local_fleet import LocalFleet
 from atoll.simulations.spar import Spar, split_people
 from atoll.simulations.traffic import feed

@@ -5,6 +5,7 @@ A new migration is drafted, against a migrated database, with
 """
 
 from alembic import context
+
 from atoll.server.schema import metadata
 
 connection = context.config.attributes["connection"]

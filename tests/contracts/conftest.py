@@ -12,14 +12,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from paho.mqtt.client import Client, MQTTMessage
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.reasoncodes import ReasonCode
+
 from atoll.fleet.identity import HUB_SERVICE, Authority, Identity, peer_of
 from atoll.server.broker import Broker, TlsFiles
 from atoll.server.brokers import ExternalBroker, open_broker
 from atoll.server.mosquitto import find_program
 from atoll.server.supervisor import Address, Child, Supervisor
-from paho.mqtt.client import Client, MQTTMessage
-from paho.mqtt.enums import CallbackAPIVersion
-from paho.mqtt.reasoncodes import ReasonCode
 
 DEADLINE = 10.0
 

@@ -11,6 +11,9 @@ from functools import cache
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from atoll.fleet.authority import Authority
 from atoll.fleet.identity import Identity, Peer, peer_of
 from atoll.privacy.errors import Refused, SumFailed, TooFewSurvivors
@@ -25,8 +28,6 @@ from atoll.privacy.sums import (
     SumSpec,
     Total,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 NAMES = tuple(f"device-{number}" for number in range(5))

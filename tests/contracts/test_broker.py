@@ -5,6 +5,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+
 from atoll.fleet.identity import Authority, Identity
 from atoll.fleet.topics import DEVICE_PUBLISHES, topic
 from atoll.fleet.wire import MAX_MESSAGE_BYTES

@@ -17,11 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from atoll.edge_agent.paths import Paths
-from atoll.fleet import bundle, profile, topics, trust, wire
-from atoll.fleet.authority import Authority
-from atoll.fleet.features import FeatureSpec
-from atoll.fleet.token import EnrolmentToken
 from onnx import TensorProto, helper, numpy_helper
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion
@@ -35,6 +30,12 @@ from tuf.api.metadata import (
     Targets,
     Timestamp,
 )
+
+from atoll.edge_agent.paths import Paths
+from atoll.fleet import bundle, profile, topics, trust, wire
+from atoll.fleet.authority import Authority
+from atoll.fleet.features import FeatureSpec
+from atoll.fleet.token import EnrolmentToken
 
 SHAPE = (2, 4)
 CLASSES = ("still", "walk", "run")

@@ -14,9 +14,10 @@ import numpy as np
 import psutil
 import pytest
 import urllib3
+from bench import wait_until
+
 from atoll.edge_agent.paths import Paths
 from atoll.fleet import wire
-from bench import wait_until
 
 AGENT = Path(sys.executable).with_name("atoll-agent")
 

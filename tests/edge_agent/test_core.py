@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from atoll.edge_agent import actions as do
 from atoll.edge_agent import core
 from atoll.edge_agent import events as on
@@ -10,8 +13,6 @@ from atoll.edge_agent.core import State, step
 from atoll.edge_agent.events import Release
 from atoll.fleet import twin
 from atoll.fleet.wire import Desired
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 ONE, TWO = Release("gait", 1), Release("gait", 2)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import bench
 import pytest
+
 from atoll.edge_agent import credentials
 from atoll.edge_agent.enrol import enrol
 from atoll.edge_agent.errors import (

@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
 from atoll.edge_agent.database import Database
 from atoll.edge_agent.errors import AgentError, DataUnwritable, DiskFull
 from atoll.edge_agent.outbox import Outbox
 from atoll.fleet import wire
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 
 def event(size: int = 10) -> wire.Event:

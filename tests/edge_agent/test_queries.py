@@ -4,6 +4,7 @@ import bench
 import numpy as np
 import onnx
 import pytest
+
 from atoll.edge_agent.errors import BadModel
 from atoll.edge_agent.queries import Rows, handlers
 from atoll.fleet import features, profile, queries, ranges

@@ -7,6 +7,7 @@ import flatbuffers
 import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
+
 from atoll.edge_agent.errors import BadModel
 from atoll.edge_agent.runtime import Runtime, load
 

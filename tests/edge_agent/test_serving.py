@@ -12,6 +12,7 @@ import bench
 import numpy as np
 import pytest
 import urllib3
+
 from atoll.edge_agent.children import Ended, Process, Said
 from atoll.edge_agent.control import listen_on
 from atoll.edge_agent.database import Database

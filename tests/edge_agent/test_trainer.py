@@ -3,6 +3,7 @@
 import bench
 import numpy as np
 import pytest
+
 from atoll.edge_agent import credentials
 from atoll.edge_agent.errors import AgentError
 from atoll.edge_agent.trainer import choose, examples, party_of

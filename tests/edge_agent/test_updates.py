@@ -6,6 +6,8 @@ from pathlib import Path
 
 import bench
 import pytest
+from securesystemslib.signer import CryptoSigner
+
 from atoll.edge_agent import credentials, slots
 from atoll.edge_agent.database import Database
 from atoll.edge_agent.errors import DiskFull, HubError, HubRefused, HubUnreachable, UpdateRefused
@@ -14,7 +16,6 @@ from atoll.edge_agent.hub import Hub
 from atoll.edge_agent.paths import Paths
 from atoll.edge_agent.updates import Wish, fetch
 from atoll.fleet import bundle
-from securesystemslib.signer import CryptoSigner
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from atoll.edge_agent.database import Database
 from atoll.edge_agent.errors import DataUnwritable
 from atoll.edge_agent.outbox import Outbox

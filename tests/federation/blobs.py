@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
+
 from atoll.federation.errors import DataMissing
 from atoll.federation.task import Examples, Split
-from torch import nn
 
 NAME = "blobs"
 

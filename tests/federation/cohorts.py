@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from blobs import Blobs, write
+
 from atoll.federation import client_app, parameters, plan, rounds
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.engine import InProcessGrid
 from atoll.fleet.identity import Authority, Identity, peer_of
 from atoll.privacy.modes import PartyIdentity, hub_session, party_session
 from atoll.privacy.sums import PartySum
-from blobs import Blobs, write
 
 PLAN = """
 name = "test"

@@ -5,13 +5,14 @@ import os
 import time
 from pathlib import Path
 
+from blobs import Blobs
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
 from atoll.federation import parameters, plan, rounds
 from atoll.federation.evaluation import ask, evaluate
 from atoll.federation.flower import prompt_grid
 from atoll.privacy.modes import hub_session
-from blobs import Blobs
-from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
 
 app = ServerApp()
 

@@ -7,12 +7,13 @@ import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
+from blobs import Blobs
+
 from atoll.federation import client_app
 from atoll.federation.errors import LinkError
 from atoll.federation.warm_node import WarmNode
 from atoll.fleet.identity import Identity, Peer, peer_of
 from atoll.privacy.modes import PartyIdentity, party_session
-from blobs import Blobs
 
 
 def main(url: str, identity: Path, data: Path, device: str) -> None:

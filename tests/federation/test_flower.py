@@ -6,13 +6,14 @@ import threading
 from pathlib import Path
 
 import pytest
+from blobs import Blobs, write
+from conftest import Hub, wait_for
+
 from atoll.federation import client_app
 from atoll.federation.errors import LinkError
 from atoll.federation.warm_node import SLOWEST_POLL, WarmNode
 from atoll.fleet.identity import Authority, Identity
 from atoll.privacy.plain import PlainParty
-from blobs import Blobs, write
-from conftest import Hub, wait_for
 
 PLAN = """
 name = "contract"

@@ -9,14 +9,15 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from atoll.federation import messages, parameters, plan, task, training
-from atoll.federation.errors import BadMessage, BadPlan, DataMissing, TaskMissing
-from atoll.federation.exchange import poll_delay
-from atoll.federation.flower import TlsFiles, superexec_command, superlink_command
 from blobs import Blobs
 from flwr.app import ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from atoll.federation import messages, parameters, plan, task, training
+from atoll.federation.errors import BadMessage, BadPlan, DataMissing, TaskMissing
+from atoll.federation.exchange import poll_delay
+from atoll.federation.flower import TlsFiles, superexec_command, superlink_command
 
 KINDS = (
     messages.SumAsk,

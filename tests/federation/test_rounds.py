@@ -7,6 +7,9 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from blobs import Blobs
+from cohorts import fleet, plan_of
+
 from atoll.federation import parameters
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.engine import Vanished
@@ -16,8 +19,6 @@ from atoll.federation.rounds import PATIENCE, RoundReport
 from atoll.federation.task import Examples, Split
 from atoll.privacy.errors import BadParameters, BudgetExceeded
 from atoll.privacy.ledger import Gaussian, Ledger, MemoryStore
-from blobs import Blobs
-from cohorts import fleet, plan_of
 
 
 class Diverged(Blobs):

@@ -3,6 +3,9 @@ import io
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from atoll.fleet.bundle import (
     CARD,
     FILES,
@@ -22,8 +25,6 @@ from atoll.fleet.bundle import (
     write,
 )
 from atoll.fleet.errors import BadBundle
-from hypothesis import given
-from hypothesis import strategies as st
 
 MANIFEST_DRAFT = Manifest(
     model="spar",

@@ -1,9 +1,10 @@
 from math import exp, inf
 
 import pytest
-from atoll.fleet.chisquare import critical, survival
 from hypothesis import given
 from hypothesis import strategies as st
+
+from atoll.fleet.chisquare import critical, survival
 
 stats = pytest.importorskip("scipy.stats", reason="SciPy is the oracle here")
 

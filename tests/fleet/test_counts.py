@@ -1,5 +1,9 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
 from atoll.fleet.counts import (
     MAX_BINS,
     MAX_COUNT,
@@ -10,9 +14,6 @@ from atoll.fleet.counts import (
     unpack_counts,
 )
 from atoll.fleet.errors import BadProfile
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 sparse = st.one_of(st.just(0), st.just(0), st.integers(0, 300), st.integers(0, 2**40))
 vectors = hnp.arrays(np.int64, st.integers(1, 100), elements=sparse)

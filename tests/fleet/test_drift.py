@@ -3,6 +3,10 @@ from math import log, log2, sqrt
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
 from atoll.fleet import profile as profiles
 from atoll.fleet.drift import (
     MIN_EXPECTED,
@@ -18,9 +22,6 @@ from atoll.fleet.drift import (
     wasserstein,
 )
 from atoll.fleet.errors import BadProfile
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 counts = hnp.arrays(np.int64, 8, elements=st.integers(0, 200)).filter(lambda c: c.sum() > 0)
 

@@ -2,6 +2,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
 from atoll.fleet.errors import BadProfile
 from atoll.fleet.features import (
     Features,
@@ -12,9 +16,6 @@ from atoll.fleet.features import (
     fine_counts,
     quantile_edges,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 SIGNALS = FeatureSpec(kind="channel-stats", channels=("x", "y"))
 TABLE = FeatureSpec(kind="columns", channels=("age", "sex"), categories={"sex": ("female", "male")})

@@ -3,6 +3,7 @@ import stat
 import threading
 
 import pytest
+
 from atoll.fleet.files import PUBLIC, write_atomic
 
 

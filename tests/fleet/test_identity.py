@@ -3,6 +3,13 @@ import stat
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from atoll.fleet.errors import BadDeviceId, BadIdentity
 from atoll.fleet.identity import (
     BACKDATE,
@@ -15,12 +22,6 @@ from atoll.fleet.identity import (
     read_certificate,
     renew_due,
 )
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.x509.oid import NameOID
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 AUTHORITY = Authority.create("Atoll test", NOW)

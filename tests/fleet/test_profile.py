@@ -3,6 +3,9 @@ from functools import reduce
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from atoll.fleet import profile as profiles
 from atoll.fleet.errors import BadProfile
 from atoll.fleet.profile import (
@@ -22,8 +25,6 @@ from atoll.fleet.profile import (
     quantile_edges,
     synthesise,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SPEC = FeatureSpec(kind="channel-stats", channels=("x", "y"))
 CLASSES = ("a", "b", "c")

@@ -1,5 +1,8 @@
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from atoll.fleet.errors import BadMessage
 from atoll.fleet.features import FeatureSpec, Ranges
 from atoll.fleet.queries import (
@@ -15,8 +18,6 @@ from atoll.fleet.queries import (
     decode,
     encode,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SPEC = FeatureSpec(kind="channel-stats", channels=("x",))
 PAYLOADS = [

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
-from atoll.fleet import ranges
-from atoll.fleet.errors import BadProfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from atoll.fleet import ranges
+from atoll.fleet.errors import BadProfile
 
 floats = st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), max_size=40)
 parts = st.lists(floats, min_size=1, max_size=6)

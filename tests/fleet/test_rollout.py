@@ -1,10 +1,11 @@
 import pytest
-from atoll.fleet import rollout as rollouts
-from atoll.fleet.rollout import RUNNING, Rollout, Twin, start, step, supersede
-from atoll.fleet.wire import Desired, Reported
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from atoll.fleet import rollout as rollouts
+from atoll.fleet.rollout import RUNNING, Rollout, Twin, start, step, supersede
+from atoll.fleet.wire import Desired, Reported
 
 OLD, NEW = 4, 5
 

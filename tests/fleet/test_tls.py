@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+
 from atoll.fleet.files import write_atomic
 from atoll.fleet.identity import HUB_SERVICE, Authority, Identity
 

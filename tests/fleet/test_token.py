@@ -1,9 +1,10 @@
 import msgspec
 import pytest
-from atoll.fleet.errors import BadIdentity
-from atoll.fleet.token import PREFIX, EnrolmentToken
 from hypothesis import given
 from hypothesis import strategies as st
+
+from atoll.fleet.errors import BadIdentity
+from atoll.fleet.token import PREFIX, EnrolmentToken
 
 TOKEN = EnrolmentToken("https://hub.example:8443", "ab" * 32, "s3cret-s3cret", "dev-1")
 

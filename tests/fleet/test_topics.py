@@ -1,4 +1,7 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from atoll.fleet.errors import BadDeviceId, BadTopic
 from atoll.fleet.topics import (
     DEVICE_ID,
@@ -8,8 +11,6 @@ from atoll.fleet.topics import (
     parse,
     topic,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 LEAVES = (*DEVICE_PUBLISHES, DEVICE_READS)
 devices = st.from_regex(DEVICE_ID, fullmatch=True)

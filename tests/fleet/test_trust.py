@@ -1,4 +1,8 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tuf.api.metadata import TargetFile, Targets
+
 from atoll.fleet.bundle import FILES
 from atoll.fleet.errors import BadBundle
 from atoll.fleet.trust import (
@@ -9,9 +13,6 @@ from atoll.fleet.trust import (
     parse_target_path,
     target_path,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from tuf.api.metadata import TargetFile, Targets
 
 releases = st.integers(1, 12)
 

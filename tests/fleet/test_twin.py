@@ -1,4 +1,7 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from atoll.fleet.twin import (
     Confirm,
     Install,
@@ -8,8 +11,6 @@ from atoll.fleet.twin import (
     settled,
 )
 from atoll.fleet.wire import Desired, Reported
-from hypothesis import given
-from hypothesis import strategies as st
 
 wishes = st.tuples(st.sampled_from([None, 1, 2, 3]), st.booleans())
 

@@ -2,6 +2,9 @@ from typing import get_args
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from atoll.fleet.errors import BadMessage
 from atoll.fleet.wire import (
     MAX_MESSAGE_BYTES,
@@ -17,8 +20,6 @@ from atoll.fleet.wire import (
     decode,
     encode,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 numbers = st.integers(0, 2**63 - 1)
 times = st.floats(0, 1e12)

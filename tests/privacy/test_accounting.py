@@ -5,6 +5,11 @@ import math
 import time
 
 import pytest
+from dp_accounting.pld import privacy_loss_distribution as pld
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import special
+
 from atoll.privacy import accounting
 from atoll.privacy.accounting import (
     Gaussian,
@@ -16,10 +21,6 @@ from atoll.privacy.accounting import (
     to_json,
 )
 from atoll.privacy.errors import BadParameters
-from dp_accounting.pld import privacy_loss_distribution as pld
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy import special
 
 
 def test_golden_sampled():

@@ -4,10 +4,11 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from atoll.privacy import bfv
-from atoll.privacy.errors import BadParameters, Refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from atoll.privacy import bfv
+from atoll.privacy.errors import BadParameters, Refused
 
 BITS = bfv.MAX_PLAIN_BITS
 

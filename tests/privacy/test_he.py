@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from sum_protocol import NAMES, Cohort, SumContract, expected, fleet, nothing_lost, terms_of
+
 from atoll.privacy import bfv, frames
 from atoll.privacy.errors import BadParameters, Refused, SumFailed
 from atoll.privacy.he import AGREE, DEAL, DECRYPT, quorum
@@ -9,7 +11,6 @@ from atoll.privacy.he_hub import HeHubSession
 from atoll.privacy.modes import hub_session, party_session
 from atoll.privacy.packing import Layout
 from atoll.privacy.sums import CONTRIBUTE, Ask, RoundKey, SumSpec
-from sum_protocol import NAMES, Cohort, SumContract, expected, fleet, nothing_lost, terms_of
 
 
 class TestEncrypted(SumContract):

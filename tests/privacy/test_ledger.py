@@ -4,6 +4,7 @@ import math
 import threading
 
 import pytest
+
 from atoll.privacy.errors import BadParameters, BudgetExceeded
 from atoll.privacy.ledger import Gaussian, Ledger, MemoryStore, Unnoised
 

@@ -4,11 +4,12 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from atoll.privacy import frames, modes
 from atoll.privacy.errors import BadParameters, Refused
 from atoll.privacy.update import UpdateSpec
-from hypothesis import given
-from hypothesis import strategies as st
 
 FINE = UpdateSpec(clip_norm=1.0, bits=16, noise_multiplier=1.0, survivors=6)
 

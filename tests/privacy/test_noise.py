@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from scipy import stats
+
 from atoll.privacy import noise
 from atoll.privacy.errors import BadParameters
 from atoll.privacy.keystream import Keystream
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from scipy import stats
 
 DRAWS = 200_000
 

@@ -1,7 +1,8 @@
 """The plain sum keeps the contract."""
 
-from atoll.privacy.sums import CONTRIBUTE
 from sum_protocol import NAMES, Cohort, SumContract, terms_of
+
+from atoll.privacy.sums import CONTRIBUTE
 
 
 class TestPlain(SumContract):

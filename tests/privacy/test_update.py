@@ -4,14 +4,15 @@ import math
 
 import numpy as np
 import pytest
-from atoll.privacy import update
-from atoll.privacy.errors import BadParameters, BadUpdate
-from atoll.privacy.keystream import Keystream
-from atoll.privacy.update import UpdateSpec, decode, encode, quantise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
+
+from atoll.privacy import update
+from atoll.privacy.errors import BadParameters, BadUpdate
+from atoll.privacy.keystream import Keystream
+from atoll.privacy.update import UpdateSpec, decode, encode, quantise
 
 SPEC = UpdateSpec(clip_norm=1.5, bits=12, noise_multiplier=0.0, survivors=4)
 

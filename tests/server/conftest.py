@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from atoll.federation.errors import LinkError
 from atoll.federation.flower import RunStatus
 from atoll.fleet.authority import Authority

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from sqlalchemy import insert, update
+
 from atoll.fleet.authority import Authority
 from atoll.fleet.counts import pack_all
 from atoll.fleet.features import FeatureSpec, features
@@ -25,7 +27,6 @@ from atoll.server.store import Store, sqlite_url
 from atoll.server.tls_app import WebServer
 from atoll.server.watch_rules import Rules
 from atoll.server.web import mount
-from sqlalchemy import insert, update
 
 NOW = 1_790_000_000.0
 CHANNELS = ("ax", "ay", "az", "wx", "wy", "wz")

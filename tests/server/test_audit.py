@@ -4,13 +4,14 @@ import hashlib
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import delete, select, update
+
 from atoll.server import audit
 from atoll.server.audit import AuditBroken
 from atoll.server.schema import audit as table
 from atoll.server.store import Store
-from hypothesis import given
-from hypothesis import strategies as st
-from sqlalchemy import delete, select, update
 
 Together = Callable[[int, Callable[[int], object]], None]
 

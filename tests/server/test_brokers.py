@@ -11,6 +11,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from paho.mqtt.client import Client
+from paho.mqtt.enums import CallbackAPIVersion
+
 from atoll.fleet.errors import BadDeviceId
 from atoll.fleet.identity import HUB_SERVICE, Authority, Identity
 from atoll.server import mosquitto, nats
@@ -18,9 +22,6 @@ from atoll.server.broker import TlsFiles, hub_client_id
 from atoll.server.brokers import ExternalBroker, open_broker, parse_url
 from atoll.server.errors import CannotStart
 from atoll.server.supervisor import Address, Supervisor
-from cryptography import x509
-from paho.mqtt.client import Client
-from paho.mqtt.enums import CallbackAPIVersion
 
 NOW = datetime(2026, 7, 1, 12, tzinfo=UTC)
 LISTEN = Address("0.0.0.0", 8883)  # noqa: S104 -- never bound here

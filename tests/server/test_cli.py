@@ -10,10 +10,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
 from atoll.server import settings
 from atoll.server.cli import app
 from atoll.server.client import default_data
-from typer.testing import CliRunner
 
 PROGRAM = [sys.executable, "-c", "from atoll.server.cli import main; main()"]
 CONSOLE = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}

@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
+from sqlalchemy import insert, update
+from typer.testing import CliRunner
+
 from atoll.fleet.token import EnrolmentToken
 from atoll.server import auth
 from atoll.server.cli import app
 from atoll.server.schema import releases, rollouts, rounds, runs
-from sqlalchemy import insert, update
-from typer.testing import CliRunner
 
 PLAN = 'name = "first-steps"\ntask = "spar"\nmodel = "shoulder"\nrounds = 2\n'
 

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from atoll.server.cli_progress import PATIENCE, describe, follow, lines, outcome, time_left
 from atoll.server.client import NoHub
 

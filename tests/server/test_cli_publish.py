@@ -5,13 +5,14 @@ import time
 from datetime import UTC, datetime
 
 import pytest
+from sqlalchemy import insert
+from typer.testing import CliRunner
+
 from atoll.fleet import bundle as bundles
 from atoll.server import repository
 from atoll.server.cli import app
 from atoll.server.schema import runs
 from atoll.server.settings import Settings
-from sqlalchemy import insert
-from typer.testing import CliRunner
 
 MODEL = "cli-published"
 

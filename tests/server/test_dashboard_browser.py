@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select, update
+
 from atoll.server import schema
 from atoll.server.sessions import new_login_code
-from sqlalchemy import select, update
 
 sys.path.insert(0, str(Path(__file__).parent))
 

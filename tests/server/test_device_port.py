@@ -13,10 +13,6 @@ from typing import Any
 
 import httpx
 import pytest
-from atoll.fleet.authority import Authority
-from atoll.fleet.identity import peer_of
-from atoll.server import enrolment
-from atoll.server.schema import devices
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
@@ -24,6 +20,11 @@ from flwr.supercore.date import now as flower_now
 from flwr.supercore.primitives.asymmetric import sign_message
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from sqlalchemy import select
+
+from atoll.fleet.authority import Authority
+from atoll.fleet.identity import peer_of
+from atoll.server import enrolment
+from atoll.server.schema import devices
 
 Running = Any
 Device = Any

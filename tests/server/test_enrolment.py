@@ -5,6 +5,8 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 import pytest
+from sqlalchemy import select, update
+
 from atoll.fleet.authority import Authority
 from atoll.fleet.identity import Identity, peer_of
 from atoll.fleet.token import EnrolmentToken
@@ -13,7 +15,6 @@ from atoll.server.enrolment import BadToken, Enrolled
 from atoll.server.errors import BadInput, Conflict, Forbidden, NotFound
 from atoll.server.schema import devices, dropped_nodes, enrolment_tokens, twins
 from atoll.server.store import Store
-from sqlalchemy import select, update
 
 DAY = 86_400.0
 LIFE = timedelta(days=30)

@@ -8,11 +8,12 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from waves import LENGTH, Waves
+
 from atoll.edge_agent.queries import Rows, handlers  # after the path
 from atoll.fleet import queries, ranges
 from atoll.server import export
 from atoll.simulations.spar import Spar
-from waves import LENGTH, Waves
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from atoll.server.errors import AlreadyRunning, CannotStart, PortTaken, StoreUnusable
 from atoll.server.hub import Hub
 from atoll.server.settings import Settings

@@ -8,6 +8,12 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from paho.mqtt.client import Client
+from paho.mqtt.enums import CallbackAPIVersion
+from sqlalchemy import func, insert, select, update
+
 from atoll.fleet.topics import topic
 from atoll.fleet.wire import (
     Birth,
@@ -27,11 +33,6 @@ from atoll.server.intake import Received, Unreadable, read, store_batch
 from atoll.server.link import Incoming
 from atoll.server.schema import alerts, devices, health, messages, twins, windows
 from atoll.server.store import Store
-from hypothesis import given
-from hypothesis import strategies as st
-from paho.mqtt.client import Client
-from paho.mqtt.enums import CallbackAPIVersion
-from sqlalchemy import func, insert, select, update
 
 NOW = 1_790_000_000.0
 SPOKEN = {

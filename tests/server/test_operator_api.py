@@ -6,10 +6,11 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import insert
+
 from atoll.server import audit, auth
 from atoll.server.schema import alerts
 from atoll.server.store import Store
-from sqlalchemy import insert
 
 Running = Any
 

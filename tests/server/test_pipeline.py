@@ -10,6 +10,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from waves import Fleet, Waves, plan_of
+
 from atoll.edge_agent.onnx import Onnx  # after the path
 from atoll.federation.errors import RoundFailed
 from atoll.fleet import bundle as bundles
@@ -19,7 +21,6 @@ from atoll.privacy.ledger import MemoryStore
 from atoll.server import pipeline
 from atoll.server.recording import MemoryRecorder
 from atoll.server.web_runs import STAGES
-from waves import Fleet, Waves, plan_of
 
 
 @pytest.fixture(scope="module")

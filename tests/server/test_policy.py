@@ -1,6 +1,7 @@
 import math
 
 import pytest
+
 from atoll.server import policy
 from atoll.server.policy import Rule, judge
 

@@ -8,14 +8,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from tuf.api.exceptions import DownloadError, ExpiredMetadataError, RepositoryError
+from tuf.api.metadata import Metadata, Targets
+from tuf.ngclient import Updater
+
 from atoll.fleet import bundle as bundles
 from atoll.fleet import trust
 from atoll.server import repository, signing, tuf_metadata
 from atoll.server.errors import BadInput, Conflict, HubError, Unavailable
 from atoll.server.tuf_metadata import BadRelease
-from tuf.api.exceptions import DownloadError, ExpiredMetadataError, RepositoryError
-from tuf.api.metadata import Metadata, Targets
-from tuf.ngclient import Updater
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 

@@ -5,13 +5,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from sqlalchemy import insert, select, update
+
 from atoll.fleet.wire import Reported
 from atoll.server import rollouts
 from atoll.server.errors import BadInput, Conflict, NotFound
 from atoll.server.schema import alerts, audit, devices, releases, twins
 from atoll.server.schema import rollouts as table
 from atoll.server.store import Store, sqlite_url
-from sqlalchemy import insert, select, update
 
 MODEL = "gestures"
 FLEET = ("ant", "bee", "cat")

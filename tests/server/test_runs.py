@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytest
+from sqlalchemy import insert, select, update
+
 from atoll.federation.errors import LinkError
 from atoll.federation.flower import RunStatus
 from atoll.server import runs
@@ -12,7 +14,6 @@ from atoll.server.runs import Runner
 from atoll.server.schema import devices, twins
 from atoll.server.schema import runs as table
 from atoll.server.store import Store
-from sqlalchemy import insert, select, update
 
 PLAN = 'name = "a"\ntask = "spar"\nmodel = "m"\n'
 ANN = Operator("ann", "approver")

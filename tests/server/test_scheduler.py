@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import insert, select, update
+
 from atoll.fleet.authority import Authority
 from atoll.privacy.errors import BudgetExceeded
 from atoll.privacy.ledger import Gaussian, Ledger
@@ -16,7 +18,6 @@ from atoll.server.scheduler import Duty, Scheduler, mark_silent
 from atoll.server.schema import devices, dropped_nodes
 from atoll.server.store import Store
 from atoll.server.supervisor import Address, Child
-from sqlalchemy import insert, select, update
 
 
 def add(store: Store, name: str, **columns: Any) -> None:

@@ -7,14 +7,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from sqlalchemy import insert, select, update
+from waves import PLAN, Fleet, Waves, plan_of
+
 from atoll.federation.engine import InProcessGrid  # after the path
 from atoll.federation.errors import RoundFailed
 from atoll.fleet import bundle as bundles
 from atoll.server import audit, schema, server_app
 from atoll.server.settings import Settings
 from atoll.server.store import Store
-from sqlalchemy import insert, select, update
-from waves import PLAN, Fleet, Waves, plan_of
 
 NOW = 5000.0
 

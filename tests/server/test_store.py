@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from sqlalchemy import insert, inspect, select, text, update
+from sqlalchemy.exc import IntegrityError
+
 from atoll.server.errors import StoreUnusable
 from atoll.server.schema import devices, metadata, operators
 from atoll.server.store import Store, sqlite_url
-from sqlalchemy import insert, inspect, select, text, update
-from sqlalchemy.exc import IntegrityError
 
 Together = Callable[[int, Callable[[int], object]], None]
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from atoll.server.errors import PortTaken
 from atoll.server.guard import MARK, end_marked, marked
 from atoll.server.supervisor import Address, Child, ChildFailed, Supervisor, is_open, last_lines

@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from atoll.server.tables import ago, clean, labels, put_facts, put_json, put_table, read_span, span
 from hypothesis import given
 from hypothesis import strategies as st
+
+from atoll.server.tables import ago, clean, labels, put_facts, put_json, put_table, read_span, span
 
 
 @given(st.text(max_size=50))

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlalchemy import insert, select, update
+
 from atoll.fleet.drift import DeviceVerdict
 from atoll.fleet.profile import Profile
 from atoll.server import schema, watch
 from atoll.server.context import HubContext
 from atoll.server.watch_rules import Counted, Rules, decide, judge, split
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sqlalchemy import insert, select, update
 
 sys.path.insert(0, str(Path(__file__).parent))
 

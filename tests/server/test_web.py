@@ -11,9 +11,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from sqlalchemy import select, update
+
 from atoll.server import auth, schema
 from atoll.server.sessions import CODE_SECONDS, SESSION_SECONDS, new_login_code
-from sqlalchemy import select, update
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -4,6 +4,9 @@ import json
 import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from atoll.federation.plan import Privacy
 from atoll.privacy.accounting import Gaussian, Unnoised, spent
 from atoll.server.web_access import local_path
@@ -12,8 +15,6 @@ from atoll.server.web_format import FILTERS, TONES, ago
 from atoll.server.web_loop import Facts, steps
 from atoll.server.web_privacy import account, sentence
 from atoll.server.web_runs import accuracy_table, stages
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 NOW = 1_790_000_000.0
 

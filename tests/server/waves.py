@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
+
 from atoll.edge_agent.queries import Rows, handlers
 from atoll.federation import client_app
 from atoll.federation import plan as plans
@@ -21,7 +23,6 @@ from atoll.privacy.ledger import Ledger, MemoryStore
 from atoll.privacy.modes import PartyIdentity, hub_session, party_session
 from atoll.server import pipeline
 from atoll.server.recording import MemoryRecorder
-from torch import nn
 
 LENGTH = 32
 PLAN = """

@@ -4,6 +4,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+
 from atoll.federation import plan as plans
 from atoll.simulations import reference, spar
 

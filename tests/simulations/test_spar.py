@@ -1,6 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from atoll.federation import parameters
 from atoll.federation import plan as plans
 from atoll.federation.errors import DataMissing
@@ -8,8 +11,6 @@ from atoll.federation.task import Task, find
 from atoll.simulations import spar, spar_net
 from atoll.simulations.reference import PLAN
 from atoll.simulations.spar import Spar
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 @pytest.fixture(scope="module")
