@@ -118,7 +118,8 @@ def _local_update(
         clip_norm=work.clip_norm,
         bits=work.bits,
         noise_multiplier=work.noise_multiplier,
-        survivors=work.survivors,
+        # No number of its own: the noise must hold for the fewest that the sum allows.
+        survivors=ask.min_survivors,
     )
     # Without noise there is nothing to keep secret in the rounding, and a seed makes the run
     # repeatable. With noise, rounding draws from the system's entropy like the noise itself.

@@ -181,5 +181,4 @@ class Conversation:
             clip_norm=spec.clip_norm,
             bits=spec.bits,
             noise_multiplier=spec.noise_multiplier,
-            survivors=spec.survivors,
         )

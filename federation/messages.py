@@ -63,7 +63,6 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     clip_norm: float
     bits: int
     noise_multiplier: float
-    survivors: int
 
 
 class EvaluateAsk(msgspec.Struct, frozen=True, kw_only=True, tag="evaluate"):

@@ -43,10 +43,12 @@ TURNED: Final = 3
 TRAFFIC_STEP: Final = 10
 """A watch hands over its last four seconds every fifth of a second."""
 MARK: Final = ".atoll-demo"
+LOG_WIDTH: Final = 110
 ONLINE_SECONDS: Final = 90.0
 RUN_SECONDS: Final = 480.0
 ROLLOUT_SECONDS: Final = 120.0
 DRIFT_SECONDS: Final = 60.0
+MEMORY_SECONDS: Final = 10.0
 
 
 def name_of(person: int) -> str:
@@ -98,7 +100,29 @@ def deal_and_enrol(fleet: LocalFleet, say: Say) -> None:
     fleet.wait("all devices to come online", all_online, ONLINE_SECONDS)
 
 
-def train(fleet: LocalFleet, plan: plans.Plan, say: Say) -> dict[str, Any]:
+class Memory:
+    """The most memory that each device's processes had, as their health reports say.
+
+    ``peaks`` holds resident bytes by device and process.
+    """
+
+    def __init__(self, fleet: LocalFleet) -> None:
+        self.peaks: dict[str, dict[str, int]] = {name: {} for name in DEVICES}
+        self._fleet = fleet
+        self._next = 0.0
+
+    def look(self, now: float) -> None:
+        """Read the latest reports, if some time has passed since the last look."""
+        if now < self._next:
+            return
+        self._next = now + MEMORY_SECONDS
+        for name, peaks in self.peaks.items():
+            health = self._fleet.call("GET", f"/devices/{name}")["health"] or {}
+            for part, size in health.get("rss", {}).items():
+                peaks[part] = max(peaks.get(part, 0), size)
+
+
+def train(fleet: LocalFleet, plan: plans.Plan, memory: Memory, say: Say) -> dict[str, Any]:
     """Propose the run, approve it, and follow it until its candidate waits to be signed."""
     run = fleet.call("POST", "/runs", {"plan": PLAN.read_text(), "reason": "first model"})["id"]
     fleet.call("POST", f"/runs/{run}/approve")
@@ -106,6 +130,7 @@ def train(fleet: LocalFleet, plan: plans.Plan, say: Say) -> dict[str, Any]:
     def settled() -> dict[str, Any] | None:
         seen: dict[str, Any] = fleet.call("GET", f"/runs/{run}")
         say(progress(seen, plan.rounds))
+        memory.look(time.monotonic())
         if seen["state"] in {"failed", "rejected", "cancelled"}:
             raise FleetFailed(f"the run {seen['state']}: {seen['reason']}")
         return seen if seen["state"] == "gated" else None
@@ -229,7 +254,7 @@ def play(fleet: LocalFleet, console: Console) -> dict[str, Any]:
     began = time.monotonic()
     plan = plans.load(PLAN)
     steps = Steps(console, total=7)
-    reference = Reference(fleet.root)
+    reference, memory = Reference(fleet.root), Memory(fleet)
     try:
         with steps.step("Start the hub") as say:
             fleet.start_hub()
@@ -237,7 +262,7 @@ def play(fleet: LocalFleet, console: Console) -> dict[str, Any]:
         with steps.step("Enrol ten devices") as say:
             deal_and_enrol(fleet, say)
         with steps.step("Train, evaluate, quantise, gate") as say:
-            run = train(fleet, plan, say)
+            run = train(fleet, plan, memory, say)
         with steps.step("Sign and roll out") as say:
             release = roll_out(fleet, run["id"], plan.model, say)
         with steps.step("Serve, and turn one watch round") as say:
@@ -246,11 +271,13 @@ def play(fleet: LocalFleet, console: Console) -> dict[str, Any]:
             say("central training and federation without noise, on the same windows")
             compared = reference.result()
         with steps.step("Gather the numbers"):
+            memory.look(time.monotonic())
             facts = demo_report.gather(
                 plan=plan,
                 run=fleet.call("GET", f"/runs/{run['id']}"),
                 release=release,
                 devices={name: fleet.call("GET", f"/devices/{name}") for name in sorted(DEVICES)},
+                memory=memory.peaks,
                 unseen={name_of(person) for person in UNSEEN},
                 drift=drift_of(fleet),
                 served=(usual, after),
@@ -273,6 +300,8 @@ def main(root: Path, *, once: bool = False, as_json: bool = False) -> None:
     Raises :class:`FleetFailed` or :class:`TrafficFailed`.
     """
     console = Console(stderr=as_json)
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
     fresh(root)
     with LocalFleet(root) as fleet:
         facts = play(fleet, console)

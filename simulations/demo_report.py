@@ -28,6 +28,7 @@ def gather(
     run: Mapping[str, Any],
     release: int,
     devices: Mapping[str, Mapping[str, Any]],
+    memory: Mapping[str, Mapping[str, int]],
     unseen: Collection[str],
     drift: Mapping[str, Mapping[str, Any]],
     served: tuple[Mapping[str, Served], Mapping[str, Served]],
@@ -67,7 +68,7 @@ def gather(
                 "turned": name == turned,
                 "bytes_up": device["https_up"] + device["mqtt_up"],
                 "bytes_down": device["https_down"],
-                "rss": (device["health"] or {}).get("rss", {}),
+                "peak_rss": dict(memory[name]),
                 "drift": {key: drift[name][key] for key in ("state", "score", "rows")},
                 "served": {
                     "rows": usual[name].rows + after[name].rows,
@@ -119,8 +120,9 @@ def show(facts: Mapping[str, Any], console: Console) -> None:
 def _accuracy(accuracy: Mapping[str, Any]) -> Table:
     table = Table(title="Accuracy", title_justify="left")
     table.add_column("")
-    table.add_column("unseen windows of known people", justify="right")
+    table.add_column("known people", justify="right")
     table.add_column("unseen people", justify="right")
+    table.caption = "known people: windows that were held back from training"
     fleet = accuracy["fleet"]
     for name, key in (("this fleet, float", "float"), ("this fleet, int8", "int8")):
         table.add_row(name, *(f"{fleet[side][key]:.1%}" for side in ("known", "unseen")))
@@ -136,32 +138,31 @@ def _accuracy(accuracy: Mapping[str, Any]) -> Table:
 def _devices(devices: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(title="Devices", title_justify="left")
     table.add_column("device")
-    table.add_column("person")
-    for name in ("MB up", "MB down", "agent MB", "serving MB", "training MB"):
+    for name in ("MB up", "MB down", "peak MB: agent", "serving", "training"):
         table.add_column(name, justify="right")
-    table.add_column("right before", justify="right")
-    table.add_column("right after", justify="right")
+    table.add_column("right", justify="right")
     table.add_column("drift", justify="right")
     table.add_column("")
     for name, device in devices.items():
-        rss = device["rss"]
-        drifted = device["drift"]["state"] == "drifted"
+        memory, drifted = device["peak_rss"], device["drift"]["state"] == "drifted"
+        served = device["served"]
         table.add_row(
-            name,
-            device["role"],
+            name + (" (unseen)" if device["role"] == "unseen" else ""),
             f"{device['bytes_up'] / 1e6:.1f}",
             f"{device['bytes_down'] / 1e6:.1f}",
             *(
-                f"{rss[part] / 1e6:.0f}" if part in rss else "–"
+                f"{memory[part] / 1e6:.0f}" if part in memory else "–"
                 for part in ("control", "serving", "training")
             ),
-            f"{device['served']['accuracy_before']:.0%}",
-            f"{device['served']['accuracy_after']:.0%}",
+            f"{served['accuracy_before']:.0%} → {served['accuracy_after']:.0%}",
             f"{device['drift']['score']:.2f}",
-            device["drift"]["state"] + (" (turned)" if device["turned"] else ""),
+            device["drift"]["state"] + (", turned" if device["turned"] else ""),
             style="bold red" if drifted else None,
         )
-    table.caption = "drift: largest change over its threshold; 1 or more is drift"
+    table.caption = (
+        "right: live windows answered rightly, before → after one watch was turned; "
+        "drift: largest change over its threshold, 1 or more is drift"
+    )
     return table
 
 
