@@ -152,7 +152,7 @@ def _devices(devices: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{device['bytes_down'] / 1e6:.1f}",
             *(
                 f"{memory[part] / 1e6:.0f}" if part in memory else "–"
-                for part in ("control", "serving", "training")
+                for part in ("control", "serving", "trainer")
             ),
             f"{served['accuracy_before']:.0%} → {served['accuracy_after']:.0%}",
             f"{device['drift']['score']:.2f}",
