@@ -88,9 +88,10 @@ def start(
 def roll_back(connection: Connection, model: str, *, actor: str, now: float, reason: str) -> int:
     """Return the devices of the model's newest rollout to the signed fallback; return its id.
 
-    No key is needed: the release itself names, signed, what it may fall back to. Raises
-    :class:`NotFound` without a rollout and :class:`Conflict` when it was undone already or has
-    nothing to fall back to.
+    No key is needed: the release itself names, signed, what it may fall back to. Devices ask
+    that of the newest signed release alone (:func:`atoll.fleet.trust.may_install`). Raises
+    :class:`NotFound` without a rollout and :class:`Conflict` when it was undone already, has
+    nothing to fall back to, or a newer release is signed.
     """
     row = (
         connection.execute(
@@ -104,6 +105,12 @@ def roll_back(connection: Connection, model: str, *, actor: str, now: float, rea
     held = _read(connection, row)
     if held.state in {"rolled-back", "halted"}:
         raise Conflict(f"{model} release {held.release} was {held.state} already: {held.reason}")
+    newest = _release(connection, model, None)["release"]
+    if held.release != newest:
+        raise Conflict(
+            f"{model} release {newest} is signed since, and devices go back from the newest alone",
+            f"roll release {newest} out instead",
+        )
     if held.fallback is None:
         raise Conflict(
             f"{model} release {held.release} names no release to fall back to",

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from sqlalchemy import insert, select, update
+from sqlalchemy import delete, insert, select, update
 
 from atoll.fleet.wire import Reported
 from atoll.server import rollouts
@@ -129,8 +129,16 @@ def test_rolling_back_returns_those_told_to_the_signed_fallback(store: Store) ->
 
 
 def test_a_release_without_a_fallback_cannot_be_rolled_back(store: Store) -> None:
+    with store.begin() as connection:
+        connection.execute(delete(releases).where(releases.c.release == 2))
     start(store, release=1)
     with store.begin() as connection, pytest.raises(Conflict, match="no release to fall back to"):
+        rollouts.roll_back(connection, MODEL, actor="op", now=4.0, reason="")
+
+
+def test_going_back_is_refused_once_a_newer_release_is_signed(store: Store) -> None:
+    start(store, release=1)
+    with store.begin() as connection, pytest.raises(Conflict, match="release 2 is signed since"):
         rollouts.roll_back(connection, MODEL, actor="op", now=4.0, reason="")
 
 
