@@ -1,7 +1,8 @@
 """What evaluations by many devices say together: accuracy by side, precision and device.
 
-A *side* is ``known`` (devices that trained) or ``unseen`` (devices that only evaluated). Every
-example weighs the same, whichever device it is on. Pure functions over counts.
+A *side* is ``known`` (devices that trained) or ``unseen`` (devices that only evaluated);
+accuracy is told for ``all`` of them too. Every example weighs the same, whichever device it is
+on. Pure functions over counts.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +25,10 @@ def sides_of(trainers: Collection[str], devices: Collection[str]) -> dict[str, l
     return {side: names for side, names in sides.items() if names}
 
 
+def _with_all(sides: Sides) -> dict[str, Sequence[str]]:
+    return {**sides, "all": [name for who in sides.values() for name in who]}
+
+
 def total(tallies: Mapping[str, Tally], devices: Collection[str]) -> Tally:
     """Add up the tallies of ``devices``."""
     parts = [tallies[name] for name in devices]
@@ -34,7 +39,9 @@ def of_weights(replies: Mapping[str, EvaluateReply], sides: Sides) -> dict[str, 
     """Return accuracy and loss of the float weights, before anything is exported."""
     tallies = {name: Tally(reply.correct, reply.rows) for name, reply in replies.items()}
     return {
-        "accuracy": {side: {"float": total(tallies, who).accuracy} for side, who in sides.items()},
+        "accuracy": {
+            side: {"float": total(tallies, who).accuracy} for side, who in _with_all(sides).items()
+        },
         "loss": {
             side: sum(replies[name].loss * replies[name].rows for name in who)
             / max(sum(replies[name].rows for name in who), 1)
@@ -52,9 +59,9 @@ def of_models(
     return {
         "accuracy": {
             side: {"float": total(floats, who).accuracy, "int8": total(ints, who).accuracy}
-            for side, who in sides.items()
+            for side, who in _with_all(sides).items()
         },
-        "rows": {side: total(ints, who).rows for side, who in sides.items()},
+        "rows": {side: total(ints, who).rows for side, who in _with_all(sides).items()},
         "confusion": {
             side: np.sum([shipped[name] for name in who], axis=0).tolist()
             for side, who in sides.items()

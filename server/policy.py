@@ -40,14 +40,14 @@ RULES: Final[Sequence[Rule]] = (
     Rule("devices evaluated", "devices.evaluated >= devices.asked / 2.0"),
     Rule("better than chance", "accuracy.known.int8 >= 2.0 / model.classes"),
     Rule(
+        "int8 within one point",
+        "accuracy.all.float - accuracy.all.int8 < 0.01"
+        " && accuracy.all.int8 - accuracy.all.float < 0.01",
+    ),
+    Rule(
         "int8 within one point, known people",
         "accuracy.known.float - accuracy.known.int8 < 0.01"
         " && accuracy.known.int8 - accuracy.known.float < 0.01",
-    ),
-    Rule(
-        "int8 within one point, unseen people",
-        "!has(accuracy.unseen) || (accuracy.unseen.float - accuracy.unseen.int8 < 0.01"
-        " && accuracy.unseen.int8 - accuracy.unseen.float < 0.01)",
     ),
     Rule("export keeps the answers", "model.export_changed <= 0.002"),
     Rule("golden check holds", "golden.worst <= golden.tolerance"),

@@ -57,8 +57,8 @@ def test_stages_come_in_the_order_that_the_dashboard_shows(done):
 def test_known_and_unseen_devices_are_told_apart(done):
     fleet, result, _ = done
     facts = result.facts
-    assert set(facts["accuracy"]) == {"known", "unseen"}
-    assert facts["rows"] == {"known": 360, "unseen": 120}
+    assert set(facts["accuracy"]) == {"known", "unseen", "all"}
+    assert facts["rows"] == {"known": 360, "unseen": 120, "all": 480}
     assert facts["accuracy"]["known"]["float"] > 0.9
     assert set(facts["by_device"]) == set(fleet.cohort.evaluators)
     assert np.sum(facts["confusion"]["known"]) == 360
@@ -111,7 +111,7 @@ def test_without_noise_there_is_no_epsilon(tmp_path):
     result = Fleet(tmp_path, unseen=0).run(plan_of())
     assert result.manifest is not None, result.refused
     assert result.facts["epsilon"] is None
-    assert set(result.facts["accuracy"]) == {"known"}
+    assert set(result.facts["accuracy"]) == {"known", "all"}
     assert "no ε" in (tmp_path / "candidate" / bundles.CARD).read_text()
 
 

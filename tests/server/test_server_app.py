@@ -91,7 +91,7 @@ def test_a_sound_run_is_gated_with_its_rounds_metrics_ledger_and_bundle(hub):
     row = hub.run(_plan())
     assert (row["state"], row["reason"], row["ended_at"]) == ("gated", "", NOW)
     assert row["stage"] == "gate"
-    assert row["metrics"]["accuracy"].keys() == {"known", "unseen"}
+    assert row["metrics"]["accuracy"].keys() == {"known", "unseen", "all"}
     assert all(gate["passed"] for gate in row["metrics"]["gates"])
     assert bundles.read(hub.settings.candidates / "r1").run == "r1"
     with hub.store.read() as connection:
@@ -134,7 +134,7 @@ def test_a_missing_evaluator_is_waited_for_and_then_left_out(hub):
     hub.fleet.grid.disconnect(4)
     row = hub.run(_plan())
     assert row["state"] == "gated", row["reason"]
-    assert row["metrics"]["accuracy"].keys() == {"known"}
+    assert row["metrics"]["accuracy"].keys() == {"known", "all"}
     assert row["metrics"]["devices"] == {"trainers": 3, "asked": 4, "evaluated": 3}
     assert hub.fleet.grid.clock.now() >= 30.0
 
