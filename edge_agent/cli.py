@@ -92,6 +92,9 @@ def run(
         str | None,
         typer.Option(help="Installed task to train; else the first that finds its data."),
     ] = None,
+    allow_plain: Annotated[  # noqa: FBT002  # typer options are keyword arguments with defaults
+        bool, typer.Option("--allow-plain", help="Let plans sum updates that the hub can read.")
+    ] = False,
 ) -> None:
     """Run the agent until it is stopped (Ctrl-C or SIGTERM)."""
     paths = _paths(data)
@@ -106,6 +109,7 @@ def run(
             *("--window-rows", str(window_rows), "--window-seconds", str(window_seconds)),
             *("--health-seconds", str(health_seconds)),
             *(() if task is None else ("--task", task)),
+            *(("--allow-plain",) if allow_plain else ()),
         ],
     )
 

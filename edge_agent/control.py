@@ -16,7 +16,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -51,6 +52,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     window_seconds: float = 60.0
     health_seconds: float = HEALTH_SECONDS
     task: str | None = None
+    allow_plain: bool = False
+    """Whether this device sends updates that the hub can read."""
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,8 +170,13 @@ class Control:
         Each write is one that is made again after a restart: what was installed is fetched,
         what was acknowledged is sent again, what is desired is read again.
         """
-        try:
+        with self._surviving():
             self._handle(event)
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
         except DiskFull as error:
             log.error("%s", error)  # noqa: TRY400  # a sentence, no traceback
 
@@ -210,7 +218,8 @@ class Control:
     def _take(self, event: events.Input) -> None:
         self._state, todo = core.step(self._state, event)
         for action in todo:
-            self._do(action)
+            with self._surviving():  # the state has moved on: what else follows must be done
+                self._do(action)
 
     def _do(self, action: actions.Action) -> None:  # noqa: C901  # one arm per kind of action
         match action:
@@ -247,7 +256,7 @@ class Control:
                 rows, seconds = self._settings.window_rows, self._settings.window_seconds
                 self._crew.serve(self._bound.fileno(), rows, seconds)
             case actions.Start("trainer"):
-                self._crew.train(self._settings.task)
+                self._crew.train(self._settings.task, allow_plain=self._settings.allow_plain)
             case actions.Finish(part):
                 self._crew.finish(part)
             case actions.Renew():
@@ -299,7 +308,8 @@ class Control:
         status = msgspec.structs.replace(self._status, **changes)
         if status != self._status:
             self._status = status
-            self._database.put(STATUS_KEY, status)
+            with self._surviving():  # the next note writes all of it
+                self._database.put(STATUS_KEY, status)
 
     def _goodbye(self) -> None:
         """End the children, send what they left for us, announce our death."""
@@ -359,6 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--window-seconds", type=float, default=60.0)
     parser.add_argument("--health-seconds", type=float, default=HEALTH_SECONDS)
     parser.add_argument("--task")
+    parser.add_argument("--allow-plain", action="store_true")
     given = parser.parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr

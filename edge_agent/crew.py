@@ -49,9 +49,10 @@ class Crew:
             facts = {"model": release.model, "release": release.number, "directory": str(slot)}
             self._running["serving"].say({"kind": "load", **facts})
 
-    def train(self, task: str | None) -> None:
+    def train(self, task: str | None, *, allow_plain: bool) -> None:
         """Start the training process."""
         chosen = [] if task is None else ["--task", task]
+        chosen += ["--allow-plain"] if allow_plain else []
         self._start("trainer", "trainer", chosen, environment=ONE_THREAD)
 
     def fetch(self, release: Release, slot: str, current: int | None) -> None:

@@ -86,9 +86,21 @@ def enrol(token_text: str, paths: Paths, device: str | None, now: datetime) -> H
         ):
             write_atomic(staging / name, content, PUBLIC)
         sync_tree(staging)
+        _forget(paths)
         staging.rename(paths.identity)
         sync_directory(paths.data)
         return facts
+
+
+def _forget(paths: Paths) -> None:
+    """Remove what an earlier identity left: another hub or name counts from 1 again.
+
+    The device's own examples stay.
+    """
+    for end in ("", "-wal", "-shm"):
+        paths.database.with_name(paths.database.name + end).unlink(missing_ok=True)
+    for directory in (paths.tuf, paths.models):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextlib.contextmanager

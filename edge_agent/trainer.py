@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from atoll.edge_agent import credentials
+from atoll.edge_agent.database import Database
 from atoll.edge_agent.errors import AgentError
 from atoll.edge_agent.parent import Parent
 from atoll.edge_agent.paths import Paths
@@ -28,6 +29,7 @@ from atoll.federation.warm_node import WarmNode
 from atoll.fleet.errors import FleetError
 from atoll.fleet.identity import Identity, Peer, peer_of
 from atoll.fleet.queries import Split
+from atoll.privacy.errors import Refused
 from atoll.privacy.modes import PartyIdentity, party_session
 from atoll.privacy.sums import PartySum
 
@@ -69,8 +71,14 @@ def examples(of: task.Task, data: Path) -> Callable[[Split], Rows]:
     return read
 
 
-def party_of(paths: Paths, who: credentials.Credentials) -> Callable[[str], PartySum]:
-    """Return what makes this device's side of a private sum from a mode's name."""
+def party_of(
+    paths: Paths, who: credentials.Credentials, *, allow_plain: bool
+) -> Callable[[str], PartySum]:
+    """Return what makes this device's side of a private sum from a mode's name.
+
+    A hub may ask for any mode; whether it may see this device's own update is for the device
+    to say, so ``plain`` is refused with :class:`Refused` unless ``allow_plain``.
+    """
     identity = Identity.load(paths.identity)
     ca = who.ca.read_bytes()
 
@@ -78,15 +86,48 @@ def party_of(paths: Paths, who: credentials.Credentials) -> Callable[[str], Part
         return peer_of(certificate, ca, datetime.now(UTC))
 
     me = PartyIdentity(who.hub.device, identity.key, identity.seal, peer)
-    return lambda mode: party_session(mode, me)
+
+    def party(mode: str) -> PartySum:
+        if mode == "plain" and not allow_plain:
+            raise Refused(
+                "this device does not send updates in the clear; start its agent with "
+                "--allow-plain, or run the plan with privacy.mode = 'he'"
+            )
+        return party_session(mode, me)
+
+    return party
 
 
-def run(paths: Paths, name: str | None, parent: Parent, stop: threading.Event) -> None:
+class AnsweredDurably:
+    """The last round answered of each run, in the device's database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def last(self, run: str) -> int:
+        """Return the number of that round; 0 for none."""
+        return self._database.get(f"answered:{run}", int) or 0
+
+    def note(self, run: str, number: int) -> None:
+        """Remember a round, durably."""
+        self._database.put(f"answered:{run}", number)
+
+
+def run(
+    paths: Paths,
+    name: str | None,
+    parent: Parent,
+    stop: threading.Event,
+    *,
+    allow_plain: bool,
+) -> None:
     """Serve Flower messages until ``stop``; raises :class:`AgentError` and its neighbours."""
     who = credentials.load(paths)
     chosen = choose(name, paths.examples)
     source = examples(chosen, paths.examples)
-    app = client_app.build(chosen, paths.examples, party_of(paths, who), handlers(source))
+    party = party_of(paths, who, allow_plain=allow_plain)
+    answered = AnsweredDurably(Database(paths.database))
+    app = client_app.build(chosen, paths.examples, party, handlers(source), answered)
     node = WarmNode(who.hub.url, ca=who.ca, certificate=who.certificate, key=who.key)
     parent.tell({"kind": "up"})
     node.serve(app, stop)
@@ -97,6 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--task")
+    parser.add_argument("--allow-plain", action="store_true")
     given = parser.parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
@@ -117,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     parent.listen(lambda _: None, end)
     try:
-        run(Paths(given.data), given.task, parent, stop)
+        run(Paths(given.data), given.task, parent, stop, allow_plain=given.allow_plain)
     except (AgentError, FleetError, FederationError) as error:
         parent.tell({"kind": "failed", "error": str(error)})
         return 1

@@ -6,7 +6,7 @@ raises, and the node turns that into an error reply, which the hub counts as a d
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -16,6 +16,7 @@ from atoll.federation.errors import BadMessage
 from atoll.federation.plan import Training
 from atoll.federation.task import Split, Task
 from atoll.privacy import update
+from atoll.privacy.errors import Refused
 from atoll.privacy.keystream import Keystream
 from atoll.privacy.sums import CONTRIBUTE, Integers, PartySum
 
@@ -23,19 +24,53 @@ KEPT_RUNS: Final = 4
 """Sums of the latest runs are kept; an older run has ended."""
 
 
+class Answered(Protocol):
+    """The last round of each run in which this device said anything; it must never forget.
+
+    What a side of a sum promises (one contribution, one list of survivors, one sum opened) it
+    keeps in memory. Were a round answered anew after a restart, the hub could have the same
+    terms opened for two lists and subtract.
+    """
+
+    def last(self, run: str) -> int:
+        """Return the number of that round; 0 for none."""
+        ...
+
+    def note(self, run: str, number: int) -> None:
+        """Remember a round, durably, before it is answered."""
+        ...
+
+
+class AnsweredHere:
+    """Remembers as long as the process lives: for the in-process engine and for tests."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, int] = {}
+
+    def last(self, run: str) -> int:
+        """Return the number of that round; 0 for none."""
+        return self._last.get(run, 0)
+
+    def note(self, run: str, number: int) -> None:
+        """Remember a round."""
+        self._last[run] = number
+
+
 def build(
     task: Task,
     data: Path,
     party: Callable[[str], PartySum],
     queries: Mapping[str, Callable[[bytes], bytes]],
+    answered: Answered | None = None,
 ) -> ClientApp:
     """Return the ClientApp for ``task`` on the examples under ``data``.
 
     ``party`` makes this device's side of a sum from a privacy mode's name, once per run.
-    ``queries`` answers questions by name, bytes to bytes.
+    ``queries`` answers questions by name, bytes to bytes. ``answered`` outlives the process on
+    a device.
     """
     app = ClientApp()
-    sums = _Sums(party)
+    sums = _Sums(party, answered or AnsweredHere())
 
     @app.train("sum")
     def phase(message: Message, _: Context) -> Message:
@@ -84,16 +119,23 @@ def build(
 class _Sums:
     """This device's sides of sums, one per run, the latest kept."""
 
-    def __init__(self, party: Callable[[str], PartySum]) -> None:
+    def __init__(self, party: Callable[[str], PartySum], answered: Answered) -> None:
         self._party = party
+        self._answered = answered
+        self._floor: dict[tuple[str, str], int] = {}
         self._by_run: dict[tuple[str, str], PartySum] = {}
 
     def answer(self, ask: messages.SumAsk, term: Integers | None) -> bytes:
         key = (ask.run, ask.mode)
         if key not in self._by_run:
             self._by_run[key] = self._party(ask.mode)
+            self._floor[key] = self._answered.last(ask.run)
         while len(self._by_run) > KEPT_RUNS:
             del self._by_run[next(iter(self._by_run))]
+        if ask.round <= self._floor[key]:
+            raise Refused(f"round {ask.round} was answered before this process remembers")
+        if ask.round > self._answered.last(ask.run):
+            self._answered.note(ask.run, ask.round)
         return self._by_run[key].answer(ask.spec, ask.phase, ask.payload, term)
 
 

@@ -175,19 +175,25 @@ class SuperLinkAdmin:
         return str(response.run_id)
 
     def run_status(self, run_id: str) -> RunStatus:
-        """Return how a run stands."""
+        """Return how a run stands; one that the SuperLink forgot at a restart has failed."""
         number = int(run_id)
         request = ListRunsRequest(run_id=number)
-        status = self._call(lambda: self._client.ListRuns(request)).run_dict[number].status
+        try:
+            status = self._call(lambda: self._client.ListRuns(request)).run_dict[number].status
+        except _Refusal as refusal:
+            if refusal.code != ApiErrorCode.RUN_ID_NOT_FOUND:
+                raise
+            return RunStatus("finished", "failed", "the SuperLink was restarted and forgot it")
         return RunStatus(status.status, status.sub_status, status.details)
 
     def stop_run(self, run_id: str) -> None:
-        """Stop a run; one that has ended already is no error."""
+        """Stop a run; one that has ended already, or that nobody knows, is no error."""
         request = StopRunRequest(run_id=int(run_id))
         try:
             self._call(lambda: self._client.StopRun(request))
         except _Refusal as refusal:
-            if refusal.code != ApiErrorCode.RUN_ALREADY_FINISHED:
+            over = {ApiErrorCode.RUN_ALREADY_FINISHED, ApiErrorCode.RUN_ID_NOT_FOUND}
+            if refusal.code not in over:
                 raise
 
     def close(self) -> None:

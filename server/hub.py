@@ -12,6 +12,7 @@ import fcntl
 import logging
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -193,6 +194,13 @@ class Hub:
         home = settings.data / "superlink"
         home.mkdir(mode=0o700, exist_ok=True)
         ca = settings.superlink_ca or settings.ca / "cert.pem"
+        try:
+            ssl.create_default_context(cafile=ca)
+        except (OSError, ssl.SSLError) as error:
+            raise CannotStart(
+                f"{ca} cannot be used as the SuperLink's CA: {error}",
+                "give its certificate in PEM with --superlink-ca",
+            ) from error
         if settings.superlink is None:
             port = settings.superlink_port or free_port(_LOCAL)
             address = f"{_LOCAL}:{port}"

@@ -11,6 +11,7 @@ their names are what the recorder, and so the dashboard, shows:
 Only a candidate that passes every gate is written to ``out``, to wait there for its signature.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -220,7 +221,11 @@ def _evaluate(job: Job, weights: parameters.Vector) -> dict[str, EvaluateReply]:
     replies = evaluation.evaluate(
         job.grid, job.cohort, job.plan.task, weights, "test", timeout, clock=job.clock
     )
-    sound = {name: reply for name, reply in replies.items() if 0 <= reply.correct <= reply.rows}
+    sound = {
+        name: reply
+        for name, reply in replies.items()
+        if 0 <= reply.correct <= reply.rows and math.isfinite(reply.loss)
+    }
     if len(sound) < job.plan.cohort.min_devices:
         raise RoundFailed(
             f"{len(sound)} of {len(job.cohort.evaluators)} devices evaluated the model; look at "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import bench
 import pytest
 
 from atoll.edge_agent import credentials
+from atoll.edge_agent.database import Database
 from atoll.edge_agent.enrol import enrol
 from atoll.edge_agent.errors import (
     AlreadyEnrolled,
@@ -25,6 +27,7 @@ from atoll.edge_agent.renew import renew
 from atoll.fleet.errors import BadIdentity
 from atoll.fleet.identity import Identity, peer_of
 from atoll.fleet.token import EnrolmentToken
+from atoll.fleet.wire import Desired
 
 AGENT = Path(sys.executable).with_name("atoll-agent")
 NOW = datetime.now(UTC)
@@ -241,3 +244,18 @@ def test_a_foreign_certificate_is_told_with_the_remedy(hub, tmp_path):
         with pytest.raises(HubUntrusted, match="enrol again"):
             client.call("GET", "/v1/tuf/metadata/timestamp.json")
         client.pool.clear()
+
+
+def test_enrolling_anew_forgets_what_the_earlier_identity_left_but_not_the_examples(hub, tmp_path):
+    paths = Paths(tmp_path / "a")
+    enrol(hub.token(None), paths, "porch", NOW)
+    database = Database(paths.database)
+    database.put("desired", Desired(version=57))
+    database.close()
+    (paths.models / "m").mkdir(parents=True)
+    paths.examples.mkdir()
+    shutil.rmtree(paths.identity)
+    enrol(hub.token(None), paths, "roof", NOW)
+    assert not paths.database.exists()
+    assert not paths.models.exists()
+    assert paths.examples.exists()

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 from atoll.edge_agent import credentials
+from atoll.edge_agent.database import Database
 from atoll.edge_agent.errors import AgentError
-from atoll.edge_agent.trainer import choose, examples, party_of
+from atoll.edge_agent.trainer import AnsweredDurably, choose, examples, party_of
 from atoll.federation.errors import TaskMissing
 from atoll.federation.task import Examples
-from atoll.privacy.errors import BadParameters
+from atoll.privacy.errors import BadParameters, Refused
 
 
 def test_without_data_the_reason_and_the_remedy_are_told(tmp_path):
@@ -44,7 +45,23 @@ def test_a_split_is_read_once(tmp_path):
 
 def test_sides_of_sums_are_made_by_mode_with_this_devices_name(hub, tmp_path):
     paths = bench.enrolled(hub, tmp_path / "d")
-    party = party_of(paths, credentials.load(paths))
+    party = party_of(paths, credentials.load(paths), allow_plain=True)
     assert party("plain") is not party("plain")
     with pytest.raises(BadParameters):
         party("shouting")
+
+
+def test_a_device_sends_no_update_in_the_clear_unless_it_was_told_to(hub, tmp_path):
+    paths = bench.enrolled(hub, tmp_path / "d")
+    party = party_of(paths, credentials.load(paths), allow_plain=False)
+    with pytest.raises(Refused, match="--allow-plain"):
+        party("plain")
+    party("he")
+
+
+def test_the_last_round_answered_outlives_the_process(tmp_path):
+    database = Database(tmp_path / "agent.db")
+    AnsweredDurably(database).note("run", 7)
+    database.close()
+    again = AnsweredDurably(Database(tmp_path / "agent.db"))
+    assert (again.last("run"), again.last("other")) == (7, 0)

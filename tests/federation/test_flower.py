@@ -74,6 +74,13 @@ def test_an_encrypted_run_completes_without_a_killed_node(hub: Hub, tmp_path: Pa
     assert {kind for kind, _ in spent} == {"train", "train.sum", "evaluate", "query"}
 
 
+def test_a_run_that_the_superlink_does_not_know_has_failed_and_may_be_stopped(hub: Hub) -> None:
+    status = hub.admin.run_status("12345")
+    assert (status.state, status.outcome) == ("finished", "failed")
+    assert "restarted" in status.detail
+    hub.admin.stop_run("12345")
+
+
 def test_a_key_that_is_not_registered_is_refused(hub: Hub, tmp_path: Path) -> None:
     identity, _ = hub.identity("unknown")
     with pytest.raises(LinkError, match="enrol"):
