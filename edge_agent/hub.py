@@ -98,6 +98,8 @@ def translate(error: HTTPError, url: str) -> HubError:
         return HubUnreachable(url, reason)
     if isinstance(inner.__cause__ or inner.__context__, TimeoutError):
         return HubUnreachable(url, "no answer in time")
+    if "reset" in str(inner):
+        return _cut_off(url)
     return HubUnreachable(url, str(inner) or type(inner).__name__)
 
 
@@ -114,7 +116,22 @@ def _untrusted(error: SSLError, url: str) -> HubError:
                 f"the hub at {url} does not accept this device's certificate ({_detail(error)}): "
                 "it is expired, revoked or another hub's; ask for a new token and enrol again"
             )
+    if "EOF occurred" in text:
+        return _cut_off(url)
     return HubUnreachable(url, f"no TLS connection: {_detail(error)}")
+
+
+def _cut_off(url: str) -> HubUntrusted:
+    """Return the error for a connection that ended without a word.
+
+    TLS 1.3 judges a client's certificate after the client is done, and the server's alert is
+    often lost with the connection.
+    """
+    return HubUntrusted(
+        f"the hub at {url} ended the connection, as it does when this device's certificate is "
+        "expired, revoked or another hub's: if trying again does not help, ask for a new token "
+        "and enrol again"
+    )
 
 
 def _detail(error: SSLError) -> str:

@@ -247,7 +247,7 @@ def _listens(port: int) -> bool:
     return True
 
 
-def wait_until(condition: Callable[[], bool], what: str, deadline: float = 15.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, deadline: float = 40.0) -> None:
     """Return once the condition holds; fail, saying what did not happen, at the deadline."""
     end = time.monotonic() + deadline
     while not condition():
