@@ -156,8 +156,6 @@ def test_a_broken_connection_is_taken_up_again(hub: Hub, tmp_path: Path) -> None
 
 def test_admin_errors_are_link_errors(hub: Hub) -> None:
     with pytest.raises(LinkError):
-        hub.admin.run_status("12345")
-    with pytest.raises(LinkError):
         hub.admin.register_node(b"no key")
     key = Identity.new().public_pem()
     hub.admin.register_node(key)
