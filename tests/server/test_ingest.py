@@ -1,5 +1,6 @@
 """What devices send is stored once, whatever is repeated, malformed or late."""
 
+import secrets
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -238,7 +239,9 @@ def speaking(running: Any, device: Any) -> Iterator[Client]:
     where = running.hub.context.addresses
     context = ssl.create_default_context(cadata=running.ca)
     context.load_cert_chain(device.directory / "cert.pem", device.directory / "key.pem")
-    client = Client(CallbackAPIVersion.VERSION2, client_id=device.name, clean_session=True)
+    # An id of its own each time: the last connection under this name may still be on its way out.
+    name = f"{device.name}-{secrets.token_hex(4)}"
+    client = Client(CallbackAPIVersion.VERSION2, client_id=name, clean_session=True)
     client.tls_set_context(context)
     client.connect(where.mqtt_host, where.mqtt_port)
     client.loop_start()
