@@ -16,10 +16,11 @@ PLAN = """
 name = "short"
 task = "spar"
 model = "exercises"
-rounds = 5
+rounds = 10
 [training]
 local_epochs = 2
 server_momentum = 0.5
+averaged_rounds = 3
 [cohort]
 labels = { role = "train" }
 min_devices = 2
@@ -74,10 +75,10 @@ def released(fleet: LocalFleet, run: dict[str, Any]) -> dict[str, Any]:
 def test_a_run_trains_under_encryption_and_charges_the_ledger(
     fleet: LocalFleet, run: dict[str, Any]
 ) -> None:
-    assert [one["round"] for one in run["rounds"]] == [1, 2, 3, 4, 5]
+    assert [one["round"] for one in run["rounds"]] == list(range(1, 11))
     assert all(sorted(one["survivors"]) == ["ant", "bee"] for one in run["rounds"])
     (spent,) = fleet.call("GET", "/ledger?delta=1e-5")
-    assert spent["charges"] == 5
+    assert spent["charges"] == 10
     assert spent["epsilon"] == pytest.approx(run["rounds"][-1]["epsilon"], rel=1e-6)
 
 
