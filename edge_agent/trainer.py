@@ -91,7 +91,7 @@ def party_of(
         if mode == "plain" and not allow_plain:
             raise Refused(
                 "this device does not send updates in the clear; start its agent with "
-                "--allow-plain, or run the plan with privacy.mode = 'he'"
+                "--allow-plain, or run the plan with privacy.mode = 'secagg'"
             )
         return party_session(mode, me)
 

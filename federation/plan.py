@@ -5,12 +5,13 @@ Plans are data. The same plan and seed on the in-process engine give the same mo
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 from atoll.federation.errors import BadPlan
+from atoll.privacy.modes import Mode
 
 Positive = Annotated[int, Meta(ge=1)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
@@ -56,7 +57,7 @@ class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     minimum number of survivors; 0 turns noise off and the run has no ε.
     """
 
-    mode: Literal["plain", "he"] = "he"
+    mode: Mode = "secagg"
     clip_norm: PositiveFloat = 1.0
     bits: Annotated[int, Meta(ge=4, le=24)] = 16
     """Bits of one quantised value, sign included."""

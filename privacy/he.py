@@ -25,17 +25,17 @@ has the hub's.
 
 import hashlib
 import hmac
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from atoll.privacy import bfv, frames, terms, wrapping
+from atoll.privacy import agreement, bfv, frames, terms, wrapping
 from atoll.privacy.errors import BadParameters, Refused
 from atoll.privacy.frames import Frame
 from atoll.privacy.packing import Layout
-from atoll.privacy.sums import CONTRIBUTE, Integers, RoundKey, SumSpec
+from atoll.privacy.sums import CONTRIBUTE, Integers, SumSpec
 from atoll.privacy.wrapping import PartyIdentity, PeerLike
 
 DEAL: Final = "deal"
@@ -74,32 +74,6 @@ def key_id(context: bytes, body: bytes) -> str:
     return hashlib.sha256(frames.pack({}, [context, body])).hexdigest()
 
 
-def agreement(key: RoundKey, dealt: str, survivors: Sequence[str]) -> bytes:
-    """Return what survivors sign."""
-    return frames.pack(
-        {
-            "what": "survivors",
-            "run": key.run,
-            "round": key.round,
-            "key": dealt,
-            "survivors": sorted(survivors),
-        }
-    )
-
-
-def check_survivors(frame: Frame, spec: SumSpec, parties: Mapping[str, PeerLike]) -> list[str]:
-    """Return the survivors a frame names; raise :class:`Refused` for a list not to be opened."""
-    survivors = frame.texts("survivors")
-    if survivors != sorted(set(survivors)) or not set(survivors) <= set(parties):
-        raise Refused("a list of survivors that repeats, is out of order or names strangers")
-    if not max(2, spec.min_survivors) <= len(survivors) <= spec.parties:
-        raise Refused(
-            f"a sum of {len(survivors)} terms, where {spec.min_survivors} to {spec.parties} "
-            "are to be hidden in each other"
-        )
-    return survivors
-
-
 @dataclass(frozen=True, slots=True)
 class _Held:
     """A key this device holds."""
@@ -130,8 +104,8 @@ class HeParty:
         self._me = me
         self._held: _Held | None = None
         self._answered = terms.Answered()
-        self._agreed: tuple[RoundKey, bytes] | None = None
-        self._opened: tuple[RoundKey, bytes, bytes] | None = None
+        self._signed = agreement.Signed()
+        self._opened = agreement.Opened()
 
     def answer(self, spec: SumSpec, phase: str, payload: bytes, term: Integers | None) -> bytes:
         """Answer one phase; raise :class:`Refused` for what must not be answered."""
@@ -231,31 +205,34 @@ class HeParty:
         held = self._held
         if held is None or self._answered.spec != spec or frame.text("key") != held.name:
             raise Refused("this device has no part in that round")
-        survivors = check_survivors(frame, spec, held.peers)
+        survivors = agreement.read_survivors(frame, spec, held.peers)
         if self._me.party not in survivors:
             raise Refused("this device is not among the survivors listed")
         return held, survivors
 
     def _agree(self, spec: SumSpec, frame: Frame) -> bytes:
         held, survivors = self._in_round(spec, frame)
-        message = agreement(spec.key, held.name, survivors)
-        if self._agreed is not None and self._agreed[0] == spec.key and self._agreed[1] != message:
-            raise Refused("this device has signed another list of survivors for that round")
-        self._agreed = (spec.key, message)
-        signature = wrapping.sign(self._me.key, message)
+        statement = agreement.statement(spec.key, held.name, survivors)
+        signature = self._signed.sign(self._me, spec.key, statement)
         return frames.pack(frames.address(spec.key, AGREE, self._me.party), [signature])
 
     def _decrypt(self, spec: SumSpec, frame: Frame, payload: bytes) -> bytes:
-        if self._opened is not None and self._opened[0] == spec.key:
-            if self._opened[1] == hashlib.sha256(payload).digest():
-                return self._opened[2]
-            raise Refused("this device opens one sum a round")
+        question = hashlib.sha256(payload).digest()
+        before = self._opened.before(spec.key, question)
+        if before is not None:
+            return before
         held, survivors = self._in_round(spec, frame)
         layout = Layout.of(spec, held.bfv.plain_bits)
         signers = frame.texts("signers")
         if len(frame.parts) != len(signers) + layout.blocks:
             raise Refused("a sum with blocks or signatures missing")
-        self._check_signers(spec, held, survivors, dict(zip(signers, frame.parts, strict=False)))
+        agreement.check_signers(
+            agreement.statement(spec.key, held.name, survivors),
+            dict(zip(signers, frame.parts, strict=False)),
+            survivors,
+            quorum(len(survivors)),
+            held.peers,
+        )
         blocks = frame.parts[len(signers) :]
         values, tags = layout.unpack(np.stack([held.bfv.decrypt(block) for block in blocks]))
         for block, tag in enumerate(tags):
@@ -267,18 +244,8 @@ class HeParty:
         reply = frames.pack(
             frames.address(spec.key, DECRYPT, self._me.party), [terms.to_bytes(values, limit)]
         )
-        self._opened = (spec.key, hashlib.sha256(payload).digest(), reply)
+        self._opened.remember(spec.key, question, reply)
         return reply
-
-    @staticmethod
-    def _check_signers(
-        spec: SumSpec, held: _Held, survivors: Sequence[str], signatures: Mapping[str, bytes]
-    ) -> None:
-        if len(signatures) < quorum(len(survivors)) or not set(signatures) <= set(survivors):
-            raise Refused("too few of the survivors agreed on who they are")
-        message = agreement(spec.key, held.name, survivors)
-        for party, signature in signatures.items():
-            wrapping.verify(held.peers[party].key, signature, message, party)
 
 
 def _centred(value: int, modulus: int) -> int:

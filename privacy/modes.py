@@ -5,6 +5,9 @@ from typing import Final, Literal, Protocol, get_args
 
 from atoll.privacy.errors import BadParameters
 from atoll.privacy.plain import PlainHubSession, PlainParty
+from atoll.privacy.ring import Ring
+from atoll.privacy.secagg import SecaggParty
+from atoll.privacy.secagg_hub import SecaggHubSession
 from atoll.privacy.sums import HubSum, PartySum, RoundKey, SumSpec
 from atoll.privacy.update import UpdateSpec
 from atoll.privacy.wrapping import PartyIdentity, PeerLike
@@ -20,7 +23,7 @@ __all__ = [
     "party_session",
 ]
 
-Mode = Literal["plain", "he"]
+Mode = Literal["plain", "he", "secagg"]
 
 MODES: Final[tuple[Mode, ...]] = get_args(Mode)
 
@@ -48,6 +51,8 @@ def hub_session(mode: str, roster: Mapping[str, bytes]) -> HubSession:
     """
     if _known(mode) == "plain":
         return PlainHubSession()
+    if mode == "secagg":
+        return SecaggHubSession(roster)
     from atoll.privacy.he_hub import HeHubSession
 
     return HeHubSession(roster)
@@ -57,6 +62,8 @@ def party_session(mode: str, me: PartyIdentity) -> PartySum:
     """Return one party's side for ``mode``; raise :class:`BadParameters` for an unknown one."""
     if _known(mode) == "plain":
         return PlainParty(me.party)
+    if mode == "secagg":
+        return SecaggParty(me)
     from atoll.privacy.he import HeParty
 
     return HeParty(me)
@@ -76,14 +83,15 @@ def check(mode: str, update: UpdateSpec, length: int, parties: int) -> None:
         raise BadParameters("the sum does not fit 64 bits; lower bits or noise_multiplier")
     if _known(mode) == "plain":
         return
+    if update.survivors < 2:
+        raise BadParameters("a sum of one term hides nothing; set cohort.min_devices to 2 or more")
+    spec = SumSpec(RoundKey("check", 0), length, update.bound, parties, update.survivors)
+    if mode == "secagg":
+        Ring.of(spec)
+        return
     from atoll.privacy import bfv
     from atoll.privacy.packing import Layout
 
-    if update.survivors < 2:
-        raise BadParameters(
-            "an encrypted sum of one term hides nothing; set cohort.min_devices to 2 or more"
-        )
-    spec = SumSpec(RoundKey("check", 0), length, update.bound, parties, update.survivors)
     Layout.of(spec, bfv.plain_bits_for(parties))
 
 

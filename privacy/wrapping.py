@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from cryptography import x509
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -60,18 +61,20 @@ class PartyIdentity:
     seal: X25519PrivateKey
     peer_of: Callable[[bytes], PeerLike]
 
+    def peer(self, party: str, certificate: bytes) -> PeerLike:
+        """Return who ``party`` is; raise :class:`Refused` unless the certificate says so."""
+        try:
+            peer = self.peer_of(certificate)
+        except Exception as error:
+            # Whatever the caller's check raises, this certificate must not be used.
+            raise Refused(f"the certificate shown for {party!r} is not valid") from error
+        if peer.device != party:
+            raise Refused(f"the certificate shown for {party!r} is that of {peer.device!r}")
+        return peer
+
     def peers(self, roster: Mapping[str, bytes]) -> dict[str, PeerLike]:
         """Return who everybody is; raise :class:`Refused` unless all of them are certified."""
-        peers = {}
-        for party, certificate in roster.items():
-            try:
-                peer = self.peer_of(certificate)
-            except Exception as error:
-                # Whatever the caller's check raises, this roster must not be used.
-                raise Refused(f"the certificate shown for {party!r} is not valid") from error
-            if peer.device != party:
-                raise Refused(f"the certificate shown for {party!r} is that of {peer.device!r}")
-            peers[party] = peer
+        peers = {party: self.peer(party, certificate) for party, certificate in roster.items()}
         mine = peers.get(self.party)
         if (
             mine is None
@@ -94,6 +97,17 @@ def derive(secret: bytes, purpose: bytes, salt: bytes = b"") -> bytes:
 def sign(key: ec.EllipticCurvePrivateKey, message: bytes) -> bytes:
     """Sign ``message``."""
     return key.sign(message, _SIGNING)
+
+
+def certified_key(certificate: bytes) -> ec.EllipticCurvePublicKey:
+    """Return the key in a certificate (PEM) that is trusted already; raise :class:`Refused`."""
+    try:
+        key = x509.load_pem_x509_certificate(certificate).public_key()
+    except ValueError as error:
+        raise Refused("a certificate that cannot be read") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise Refused("a certificate of another kind of key")
+    return key
 
 
 def verify(key: ec.EllipticCurvePublicKey, signature: bytes, message: bytes, who: str) -> None:

@@ -8,6 +8,7 @@ round.
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from rich.console import Console
 
 from atoll.federation import plan as plans
 from atoll.federation.task import Examples
+from atoll.privacy.modes import MODES, Mode
 from atoll.server.errors import HubError
 from atoll.simulations import demo_report
 from atoll.simulations.local_fleet import FleetFailed, LocalFleet
@@ -75,7 +77,12 @@ def fresh(root: Path) -> None:
     (root / MARK).touch()
 
 
-def deal_and_enrol(fleet: LocalFleet, say: Say) -> None:
+def plan_text(mode: Mode) -> str:
+    """Return the demo's plan with its sums in ``mode``."""
+    return re.sub(r'(?m)^mode = ".*"$', f'mode = "{mode}"', PLAN.read_text())
+
+
+def deal_and_enrol(fleet: LocalFleet, mode: Mode, say: Say) -> None:
     """Give each device its person's recordings, enrol it and start its agent."""
     say("dealing out the recordings")
     dealt = split_people(fleet.root / "recordings")
@@ -85,7 +92,9 @@ def deal_and_enrol(fleet: LocalFleet, say: Say) -> None:
         role = "evaluate" if person in UNSEEN else "train"
         fleet.enrol(device, {"role": role})
         shutil.move(dealt[person], fleet.device_data(device) / "data")
-        options = ("--window-rows", "32", "--window-seconds", "3", "--health-seconds", "5")
+        options = ["--window-rows", "32", "--window-seconds", "3", "--health-seconds", "5"]
+        if mode == "plain":
+            options.append("--allow-plain")
         fleet.start_device(device, *options)
 
     with ThreadPoolExecutor(2) as pool:
@@ -122,9 +131,10 @@ class Memory:
                 peaks[part] = max(peaks.get(part, 0), size)
 
 
-def train(fleet: LocalFleet, plan: plans.Plan, memory: Memory, say: Say) -> dict[str, Any]:
+def train(fleet: LocalFleet, text: str, memory: Memory, say: Say) -> dict[str, Any]:
     """Propose the run, approve it, and follow it until its candidate waits to be signed."""
-    run = fleet.call("POST", "/runs", {"plan": PLAN.read_text(), "reason": "first model"})["id"]
+    plan = plans.loads(text)
+    run = fleet.call("POST", "/runs", {"plan": text, "reason": "first model"})["id"]
     fleet.call("POST", f"/runs/{run}/approve")
 
     def settled() -> dict[str, Any] | None:
@@ -249,10 +259,11 @@ class Reference:
         self._process.wait()
 
 
-def play(fleet: LocalFleet, console: Console) -> dict[str, Any]:
+def play(fleet: LocalFleet, mode: Mode, console: Console) -> dict[str, Any]:
     """Run the loop once and return the facts of :mod:`atoll.simulations.demo_report`."""
     began = time.monotonic()
-    plan = plans.load(PLAN)
+    text = plan_text(mode)
+    plan = plans.loads(text)
     steps = Steps(console, total=7)
     reference, memory = Reference(fleet.root), Memory(fleet)
     try:
@@ -260,9 +271,9 @@ def play(fleet: LocalFleet, console: Console) -> dict[str, Any]:
             fleet.start_hub()
             say(f"CA, API, dashboard, broker, SuperLink; dashboard at {fleet.operator['url']}")
         with steps.step("Enrol ten devices") as say:
-            deal_and_enrol(fleet, say)
+            deal_and_enrol(fleet, mode, say)
         with steps.step("Train, evaluate, quantise, gate") as say:
-            run = train(fleet, plan, memory, say)
+            run = train(fleet, text, memory, say)
         with steps.step("Sign and roll out") as say:
             release = roll_out(fleet, run["id"], plan.model, say)
         with steps.step("Serve, and turn one watch round") as say:
@@ -294,7 +305,7 @@ def play(fleet: LocalFleet, console: Console) -> dict[str, Any]:
     return facts
 
 
-def main(root: Path, *, once: bool = False, as_json: bool = False) -> None:
+def main(root: Path, *, mode: Mode = "he", once: bool = False, as_json: bool = False) -> None:
     """Play the demo under ``root``; with ``once`` end at the table instead of staying up.
 
     Raises :class:`FleetFailed` or :class:`TrafficFailed`.
@@ -304,7 +315,7 @@ def main(root: Path, *, once: bool = False, as_json: bool = False) -> None:
         console.width = LOG_WIDTH
     fresh(root)
     with LocalFleet(root) as fleet:
-        facts = play(fleet, console)
+        facts = play(fleet, mode, console)
         if as_json:
             print(json.dumps(facts, indent=2))  # noqa: T201 -- the result, for programs
         else:
@@ -326,10 +337,18 @@ def command(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print the facts as JSON; implies --once"
     )
+    parser.add_argument(
+        "--mode", choices=MODES, default="he", help="how updates are summed (default: he)"
+    )
     parser.add_argument("--data", type=Path, default=Path(".demo"), help="where it all lives")
     given = parser.parse_args(arguments)
     try:
-        main(given.data.resolve(), once=given.once or given.json, as_json=given.json)
+        main(
+            given.data.resolve(),
+            mode=given.mode,
+            once=given.once or given.json,
+            as_json=given.json,
+        )
     except (FleetFailed, TrafficFailed, HubError) as error:
         sys.exit(f"atoll demo: {error}")
     except KeyboardInterrupt:

@@ -1,0 +1,189 @@
+"""Vectors of integers as words modulo 2**(8·bytes), and the masks that hide them.
+
+A word holds one or more signed integers as the balanced digits of a radix wide enough for the
+sum of all parties (:mod:`atoll.privacy.packing` does the same in the slots of a ciphertext), so a
+sum of words is the word of the sum, and a mask that is uniform over the words hides it wholly.
+Digits per word and bytes per word are chosen so that a value takes the fewest bytes: two values
+of 20 bits share five bytes.
+
+On the wire a vector is its words' low bytes in one plane and the high bytes in others, of widths
+that numpy has, so that adding one needs no unpacking.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+
+from atoll.privacy.errors import BadParameters, Refused
+from atoll.privacy.sums import Integers, SumSpec
+
+Words = npt.NDArray[np.uint64]
+
+MAX_BYTES: Final = 8
+_CHUNK: Final = 1 << 15
+"""Words masked at a time: they and a stretch of mask stay in the processor's cache."""
+_BLOCK: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """How a vector of ``length`` values lies in words: ``per_word`` digits of ``radix`` in each."""
+
+    length: int
+    radix: int
+    per_word: int
+    word_bytes: int
+
+    @classmethod
+    def of(cls, spec: SumSpec) -> "Ring":
+        """Return the smallest layout; raise :class:`BadParameters` when a value is too wide."""
+        radix = 2 * spec.parties * spec.bound + 1
+        fits = [
+            (size / count, size, count)
+            for size in range(1, MAX_BYTES + 1)
+            if (count := _digits(radix, 8 * size))
+        ]
+        if not fits:
+            raise BadParameters(
+                f"a sum of {spec.parties} values up to {spec.bound} does not fit 64 bits; "
+                "lower bits or noise_multiplier"
+            )
+        _, size, count = min(fits)
+        return cls(spec.length, radix, count, size)
+
+    @property
+    def words(self) -> int:
+        """How many words a vector takes."""
+        return -(-self.length // self.per_word)
+
+    @property
+    def size(self) -> int:
+        """How many bytes a vector takes."""
+        return self.words * self.word_bytes
+
+    @property
+    def planes(self) -> "tuple[_Plane, ...]":
+        """Return the planes, low bytes first."""
+        found, shift = [], 0
+        for width in (8, 4, 2, 1):
+            if self.word_bytes * 8 - shift >= width * 8:
+                found.append(_Plane(np.dtype(f"<u{width}"), shift))
+                shift += width * 8
+        return tuple(found)
+
+    def pack(self, values: Integers) -> Words:
+        """Return the words of ``values``, int64 ``(length,)``; modulo 2**64, not yet the ring's."""
+        if self.per_word == 1:
+            return values.copy().view(np.uint64)
+        missing = self.words * self.per_word - self.length
+        full = np.pad(values, (0, missing)) if missing else values
+        digits = full.reshape(self.per_word, self.words)
+        words: Integers = digits[0].copy()
+        for place in range(1, self.per_word):
+            words += digits[place] * np.int64(self.radix**place)
+        return words.view(np.uint64)
+
+    def unpack(self, words: Words) -> Integers:
+        """Return the values of a sum, int64 ``(length,)``, from its words."""
+        unused = np.uint64(64 - 8 * self.word_bytes)
+        # The highest bit of the ring becomes the sign.
+        left: Integers = (words << unused).view(np.int64) >> np.int64(unused)
+        if self.per_word == 1:
+            return left
+        half = self.radix // 2
+        digits = np.empty((self.per_word, self.words), dtype=np.int64)
+        for place in range(self.per_word):
+            rest = (left + half) // self.radix
+            digits[place] = left - rest * self.radix
+            left = rest
+        return digits.reshape(-1)[: self.length]
+
+    def to_bytes(self, words: Words) -> bytes:
+        """Return the wire form of ``words``."""
+        return b"".join(
+            (words >> np.uint64(plane.shift)).astype(plane.dtype).tobytes() for plane in self.planes
+        )
+
+
+class _Plane(NamedTuple):
+    """Bytes of every word: as which integers, and how far they stand above the lowest bit."""
+
+    dtype: "np.dtype[Any]"
+    shift: int
+
+
+class RunningSum:
+    """The sum of vectors as they arrive: one vector's memory, whatever the number of parties."""
+
+    def __init__(self, ring: Ring) -> None:
+        self._ring = ring
+        self._sums = _zeros(ring, ring.words)
+
+    def add(self, data: bytes) -> None:
+        """Add a vector in its wire form; raise :class:`Refused` for one of another size."""
+        if len(data) != self._ring.size:
+            raise Refused(f"{len(data)} bytes instead of {self._ring.size}")
+        start = 0
+        for plane, total in zip(self._ring.planes, self._sums, strict=True):
+            part = np.frombuffer(data, dtype=plane.dtype, count=self._ring.words, offset=start)
+            np.add(total, part, out=total)
+            start += part.nbytes
+
+    def words(self) -> Words:
+        """Return the sum."""
+        total = np.zeros(self._ring.words, dtype=np.uint64)
+        for plane, part in zip(self._ring.planes, self._sums, strict=True):
+            total += part.astype(np.uint64) << np.uint64(plane.shift)
+        return total
+
+
+class Mask(NamedTuple):
+    """A mask by its 32-byte key, which masks one vector and does nothing else; or its negative."""
+
+    key: bytes
+    negative: bool = False
+
+
+def add_masks(words: Words, ring: Ring, masks: Iterable[Mask]) -> None:
+    """Add masks to ``words`` in place: AES-256 in counter mode under each key, plane by plane."""
+    planes = ring.planes
+    streams = [(mask.negative, _streams(mask.key, len(planes))) for mask in masks]
+    zeros = bytes(_CHUNK * MAX_BYTES)
+    drawn = bytearray(len(zeros) + _BLOCK)
+    for start in range(0, ring.words, _CHUNK):
+        chunk = words[start : start + _CHUNK]
+        sums = [chunk, *_zeros(ring, chunk.size)[1:]]
+        for negative, encryptors in streams:
+            change = np.subtract if negative else np.add
+            for plane, encryptor, total in zip(planes, encryptors, sums, strict=True):
+                size = chunk.size * plane.dtype.itemsize
+                encryptor.update_into(memoryview(zeros)[:size], drawn)
+                change(total, np.frombuffer(drawn, plane.dtype, chunk.size), out=total)
+        for plane, total in zip(planes[1:], sums[1:], strict=True):
+            chunk += total.astype(np.uint64) << np.uint64(plane.shift)
+
+
+def _zeros(ring: Ring, size: int) -> "list[npt.NDArray[Any]]":
+    """Return a sum for each plane: the highest may lose its carries, those below may not."""
+    *low, top = ring.planes
+    return [*(np.zeros(size, dtype=np.uint64) for _ in low), np.zeros(size, dtype=top.dtype)]
+
+
+def _streams(key: bytes, count: int) -> Sequence[CipherContext]:
+    """Return a keystream per plane; their counters are 2**120 blocks apart."""
+    return [
+        Cipher(algorithms.AES256(key), modes.CTR(bytes([plane]) + bytes(_BLOCK - 1))).encryptor()
+        for plane in range(count)
+    ]
+
+
+def _digits(radix: int, bits: int) -> int:
+    """Return how many balanced digits of ``radix`` fit ``bits`` bits, the sign included."""
+    count = 0
+    while radix ** (count + 1) <= 1 << bits:
+        count += 1
+    return count
