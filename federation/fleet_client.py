@@ -15,6 +15,7 @@ from typing import Final, TypeVar
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest
 from flwr.supercore.error import FlowerError
 from flwr.supercore.interceptors.http.utils import add_headers
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
@@ -26,11 +27,18 @@ from flwr.supercore.protobuf.client import (
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from google.protobuf.message import DecodeError
+from google.protobuf.message import Message as ProtobufMessage
 
 from atoll.federation.errors import LinkError
+from atoll.federation.superlink import FETCH, SEND
+from atoll.privacy import frames
+from atoll.privacy.errors import Refused
 
 _BUSY: Final = (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS)
 _SECONDS: Final = 30.0
+
+_OCTETS: Final = {"content-type": "application/octet-stream"}
 
 _Result = TypeVar("_Result")
 
@@ -52,6 +60,7 @@ class FleetClient:
 
     def __init__(self, base_url: str, ca: Path, certificate: Path, key: Path) -> None:
         self.base_url = base_url
+        self._bundled = True
         try:
             private = load_pem_private_key(key.read_bytes(), password=None)
             context = ssl.create_default_context(cafile=ca)
@@ -97,6 +106,45 @@ class FleetClient:
                 ) from error
             raise Lost(str(error) or type(error).__name__) from error
 
+    def fetch(self, request: PullMessagesRequest) -> tuple[PullMessagesResponse, list[bytes]]:
+        """Wait a moment for a message; return it and its parts, in the order of its tree.
+
+        Parts that did not come are empty or missing. A stock SuperLink has no such call; then
+        this is its pull, which does not wait.
+        """
+        if self._bundled:
+            body = self.call(lambda: self._bundle(FETCH, request.SerializeToString(), request))
+            if body is not None:
+                found = PullMessagesResponse()
+                try:
+                    head, *parts = frames.unpack(body).parts
+                    found.ParseFromString(head)
+                except (Refused, ValueError, DecodeError) as error:
+                    raise Skip(f"the hub's answer cannot be read ({error})") from error
+                return found, parts
+        return self.call(lambda: self.fleet.PullMessages(request)), []
+
+    def send(self, request: PushMessagesRequest, parts: Sequence[bytes]) -> bool:
+        """Send a message with all of its parts; false where only the single calls are known."""
+        if not self._bundled:
+            return False
+        body = frames.pack({}, [request.SerializeToString(), *parts])
+        return self.call(lambda: self._bundle(SEND, body, request)) is not None
+
+    def _bundle(self, name: str, body: bytes, message: ProtobufMessage) -> bytes | None:
+        """Make a bundled call; none, and none any more, where it is not known."""
+        found = self.fleet.raw(name, body, message)
+        if found.status_code == httpx.codes.NOT_FOUND:
+            self._bundled = False
+            return None
+        found.raise_for_status()
+        return found.content
+
+    @property
+    def waits(self) -> bool:
+        """Whether :meth:`fetch` waits at the hub, so that the caller need not."""
+        return self._bundled
+
     def close(self) -> None:
         """Close the connection."""
         self.fleet.close()
@@ -125,5 +173,13 @@ class _Fleet(FleetHttpClient):
         interceptors: Sequence[ProtobufClientInterceptor],
     ) -> None:
         super().__init__(base_url, interceptors=interceptors, verify=verify)
+        self._url = base_url
         self._client.close()
         self._client = httpx.Client(verify=verify, timeout=_SECONDS, trust_env=False)
+
+    def raw(self, call: str, body: bytes, message: ProtobufMessage) -> httpx.Response:
+        """Make a call that flwr does not know, with the headers of those it knows."""
+        request = self._client.build_request(
+            "POST", f"{self._url}/v1/fleet/{call}", content=body, headers=_OCTETS
+        )
+        return self._send(ProtobufRequestContext(call, message, request))

@@ -1,9 +1,9 @@
 """Flower's hub side: what Atoll needs of its internals, in one place.
 
 With the device side (:mod:`atoll.federation.warm_node` over
-:mod:`atoll.federation.fleet_client`) this is all that touches flwr beyond its public API; a
-contract test runs both against a real SuperLink. Written for flwr 1.41
-(Message API, protobuf over HTTP).
+:mod:`atoll.federation.fleet_client`) and :mod:`atoll.federation.superlink` this is all that
+touches flwr beyond its public API; a contract test runs them against a real SuperLink. Written
+for flwr 1.41 (Message API, protobuf over HTTP).
 
     superlink_command(...) / superexec_command(...) -> Program(argv, env)
     SuperLinkAdmin(address, ca_pem): ready, register_node, unregister_node, start_run,
@@ -21,6 +21,7 @@ import functools
 import hashlib
 import os
 import ssl
+import sys
 import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def superlink_command(host: str, port: int, tls: TlsFiles, home: Path) -> Progra
     """
     return Program(
         [
-            _script("flower-superlink"),
+            *(sys.executable, "-m", "atoll.federation.superlink"),
             *("--host", host, "--port", str(port)),
             *("--ssl-ca-certfile", str(tls.ca)),
             *("--ssl-certfile", str(tls.certificate)),

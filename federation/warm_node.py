@@ -12,7 +12,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
@@ -152,17 +152,16 @@ class _Session:
                 worked = True
             if worked:
                 last = time.monotonic()
-            else:
+            elif not self._client.waits:
                 self._stop.wait(poll_delay(time.monotonic() - last, SLOWEST_POLL))
 
     def _one(self, app: ClientApp) -> bool:
         """Answer one message; false when there is none."""
-        request = PullMessagesRequest(node=self._node)
-        response = self._client.call(lambda: self._fleet.PullMessages(request))
+        response, parts = self._client.fetch(PullMessagesRequest(node=self._node))
         if not response.messages_list:
             return False
         started = time.monotonic()
-        message = self._fetch(response.messages_list[0], response.message_object_trees[0])
+        message = self._fetch(response.messages_list[0], response.message_object_trees[0], parts)
         fetched = time.monotonic()
         context = Context(message.metadata.run_id, self._node.node_id, {}, RecordDict(), {})
         reply = answer(app, message, context)
@@ -179,12 +178,25 @@ class _Session:
             _log.warning("%s failed: %s", message.metadata.message_type, reply.error.reason)
         return True
 
-    def _fetch(self, envelope: MessageProto, tree: ObjectTree) -> Message:
-        """Pull a message's parts and put it together."""
+    def _fetch(self, envelope: MessageProto, tree: ObjectTree, parts: Sequence[bytes]) -> Message:
+        """Put a message together from its parts; pull them if any did not come along."""
         run, message_id = envelope.metadata.run_id, tree.object_id
+        names = [part.object_id for part in iterate_object_tree(tree)]
+        if len(parts) == len(names) and all(parts):
+            contents = dict(zip(names, parts, strict=True))
+        else:
+            contents = self._pull(run, message_id, names)
+        message = inflate_object_from_contents(message_id, contents)
+        if not isinstance(message, Message):
+            raise Skip(f"a {type(message).__name__} came instead of a message")
+        message.metadata.__dict__["_message_id"] = message_id
+        return message
+
+    def _pull(self, run: int, message_id: str, names: Sequence[str]) -> dict[str, bytes]:
+        """Pull a message's parts one by one and confirm that it is here."""
         try:
             contents = pull_objects(
-                [part.object_id for part in iterate_object_tree(tree)],
+                list(names),
                 make_pull_object_fn_protobuf(
                     lambda part: self._persist(lambda: self._fleet.PullObject(part)),
                     self._node,
@@ -199,14 +211,10 @@ class _Session:
             node=self._node, run_id=run, message_object_id=message_id
         )
         self._persist(lambda: self._fleet.ConfirmMessageReceived(received))
-        message = inflate_object_from_contents(message_id, contents)
-        if not isinstance(message, Message):
-            raise Skip(f"a {type(message).__name__} came instead of a message")
-        message.metadata.__dict__["_message_id"] = message_id
-        return message
+        return contents
 
     def _push(self, reply: Message, seconds: float) -> None:
-        """Send a reply's envelope, then those of its parts that the SuperLink lacks."""
+        """Send a reply with its parts: at once, or where that is not known one by one."""
         reply.metadata.__dict__["_message_id"] = reply.object_id
         with no_object_id_recompute():
             request = PushMessagesRequest(
@@ -215,10 +223,14 @@ class _Session:
                 message_object_trees=[get_object_tree(reply)],
                 clientapp_runtime_list=[seconds],
             )
+            objects = get_all_nested_objects(reply)
+            parts = [part.deflate() for part in objects.values()]
+            if self._persist(lambda: self._client.send(request, parts)):
+                return
             response = self._persist(lambda: self._fleet.PushMessages(request))
             try:
                 push_objects(
-                    get_all_nested_objects(reply),
+                    objects,
                     make_push_object_fn_protobuf(
                         lambda part: self._persist(lambda: self._fleet.PushObject(part)),
                         self._node,

@@ -1,4 +1,4 @@
-"""The one way from a device to the SuperLink: ten calls, under the device's own node key.
+"""The one way from a device to the SuperLink: a dozen calls, under the device's own node key.
 
 The SuperLink's open-source Control API asks for no credential, so it listens on loopback and
 what passes here is a list of names, not a path. The node key in Flower's signature headers
@@ -17,6 +17,7 @@ from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from atoll.federation.superlink import BUNDLED
 from atoll.fleet.identity import Peer, public_pem
 from atoll.server.errors import Forbidden, NotFound, Unavailable
 
@@ -32,9 +33,13 @@ FLEET_CALLS: Final = frozenset(
         "push-object",
         "pull-object",
         "confirm-message-received",
+        *BUNDLED,
     }
 )
-"""Flower's Fleet API without register-node and unregister-node: the hub does these."""
+"""Flower's Fleet API without register-node and unregister-node: the hub does these.
+
+With the two calls that the embedded SuperLink has besides.
+"""
 
 PUBLIC_KEY_HEADER: Final = "flwr-public-key"
 """Base64 of the node's SubjectPublicKeyInfo in PEM (flwr's ``NodeAuthHttpInterceptor``)."""
@@ -54,7 +59,8 @@ class FleetFront:
             verify=context,
             timeout=timeout,
             trust_env=False,  # a proxy is no place for this
-            limits=httpx.Limits(max_connections=256, max_keepalive_connections=64),
+            # A device that waits for a message holds one.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
         )
 
     async def __aenter__(self) -> Self:
