@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import msgspec
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -50,11 +51,11 @@ def report(rows: Sequence[Row], as_json: bool) -> int:  # noqa: FBT001 -- one fl
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table("case", "metric")
+    table = Table("case", "metric", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("ours", "goal", "peer's", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("peer")
-    table.add_column("met")
+    table.add_column("met", no_wrap=True)
     for row in rows:
         table.add_row(
             escape(row.case),
