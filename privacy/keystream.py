@@ -36,7 +36,10 @@ class Keystream:
 
     @classmethod
     def replayable(cls, seed: int) -> "Keystream":
-        """Return the keystream of a seed: for tests and runs without noise, never for noise."""
+        """Return the keystream of a seed, for simulations and for runs without noise.
+
+        Never for noise that protects anybody.
+        """
         return cls(hashlib.sha256(f"atoll keystream {seed}".encode()).digest())
 
     def words(self, count: int) -> npt.NDArray[np.uint64]:

@@ -1,6 +1,7 @@
-"""Makes the contract suites importable."""
+"""Makes the contract suites and this folder's oracles importable."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "contracts"))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent / "contracts"), str(HERE)]
