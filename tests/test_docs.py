@@ -70,4 +70,4 @@ def test_every_folder_is_packaged() -> None:
         "packages"
     ]
     folders = {f"atoll.{path.parent.name}" for path in ROOT.glob("*/__init__.py")}
-    assert set(packages) == folders
+    assert set(packages) == folders - {"atoll.benchmarks"}  # run from a checkout alone
