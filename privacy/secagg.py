@@ -19,9 +19,10 @@ In a round after another the first two phases ride along with the former round's
 takes three messages.
 
 What holds: a hub and fewer than ``threshold`` of a device's neighbours learn nothing of its term
-but what the sum tells. A hub that also breaks the protocol must not have
-``2·threshold - holders`` of them. What it does not do: keep a hub that certifies devices of its
-own from outnumbering the others, or a device from sending a false term.
+but what the sum tells; a hub that also breaks the protocol must have fewer than ``2 * quorum -
+devices`` of all the round's devices on its side (:mod:`atoll.privacy.graph`). What it does not do:
+keep a hub that certifies devices of its own from outnumbering the others, or a device from sending
+a false term.
 
 This module holds what both sides share, and the party's side; :mod:`atoll.privacy.secagg_hub`
 has the hub's. Secrets live for one round and are overwritten where Python lets us.
@@ -387,7 +388,7 @@ class SecaggParty:
             statement,
             signatures,
             survivors,
-            graph.threshold(len(own.sharers), spec.min_survivors)
+            graph.quorum(len(own.sharers), spec.min_survivors)
             - self._signed.has(spec.key, statement),
             self._peers,
         )

@@ -274,7 +274,7 @@ class SecaggHub:
             self._session.shown[party].clear()
 
     def _end_agreement(self) -> Ask:
-        needed = graph.threshold(len(self._sharers), self._spec.min_survivors)
+        needed = graph.quorum(len(self._sharers), self._spec.min_survivors)
         if len(self._signatures) < needed:
             raise SumFailed(
                 f"{len(self._signatures)} of {len(self._sharers)} devices agreed on whose terms "
