@@ -117,13 +117,13 @@ class UpdateSpec:
             return
         if sigma < MIN_SHARE_SIGMA:
             raise BadParameters(
-                f"noise of σ = {sigma:.2g} integer steps per device is too coarse to "
+                f"noise of σ = {sigma:.2g} integer steps a draw is too coarse to "
                 f"add up to a Gaussian; raise bits (now {self.bits}) until it is "
                 f"{MIN_SHARE_SIGMA:g} or more"
             )
         if sigma > noise.MAX_SIGMA:
             raise BadParameters(
-                f"noise of σ = {sigma:.2g} integer steps per device cannot be drawn; "
+                f"noise of σ = {sigma:.2g} integer steps a draw cannot be drawn; "
                 "lower noise_multiplier or bits"
             )
 

@@ -206,6 +206,8 @@ def _train(
         privacy |= {"epsilon": spent.epsilon_pld, "epsilon_rdp": spent.epsilon_rdp}
     if plan.privacy.budget_epsilon is not None:
         privacy["budget"] = plan.privacy.budget_epsilon
+    if plan.privacy.clip == "adaptive" and reports:
+        privacy["clip_norm"] = reports[-1].clip_norm
     note(
         rounds={
             "planned": plan.rounds,

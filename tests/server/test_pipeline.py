@@ -155,6 +155,22 @@ def test_a_round_is_charged_as_one_gaussian_riders_included():
     assert event.noise_multiplier == pytest.approx((1 / 0.64 + 2 / 16) ** -0.5)
 
 
+def test_a_run_says_where_its_clipping_norm_went(tmp_path):
+    store = MemoryStore()
+    plan = varied(
+        plan_of(rounds=2, noise=0.01),
+        training={"weighting": "capped", "weight_cap": 100},
+        privacy={"clip": "adaptive"},
+    )
+    recorder = MemoryRecorder()
+    result = Fleet(tmp_path).run(plan, recorder, store=store)
+    norms = [report.clip_norm for report in recorder.rounds]
+    assert norms[0] == plan.privacy.clip_norm != norms[1]
+    assert result.facts["privacy"]["clip_norm"] == norms[1]
+    charged = [event["noise_multiplier"] for _, event in store.events("waves")]
+    assert charged == pytest.approx([0.01 / math.sqrt(1 + 2 / 25)] * 2)
+
+
 def test_sampling_is_charged_where_it_amplifies_alone():
     central = varied(
         plan_of(noise=0.8),
