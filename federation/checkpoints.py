@@ -28,6 +28,7 @@ class Checkpoint:
     ``(n,)`` the mean of the weights after the last ``tailed`` rounds, once they are averaged.
     Rounds count from 1; 0 means none. ``trained`` is how many rounds changed the weights.
     ``session`` is what the hub's side of the sums keeps between rounds; nothing secret.
+    ``clip_norm`` is the clipping norm to go on with; none before it was ever moved.
     """
 
     run: str
@@ -39,6 +40,7 @@ class Checkpoint:
     tail: Vector
     tailed: int = 0
     session: bytes = b""
+    clip_norm: float | None = None
 
     @classmethod
     def fresh(cls, run: str, initial: Vector) -> "Checkpoint":
@@ -72,6 +74,9 @@ class Checkpoints:
             velocity=checkpoint.velocity,
             tail=checkpoint.tail,
             session=np.frombuffer(checkpoint.session, dtype=np.uint8),
+            clip_norm=np.array(
+                [] if checkpoint.clip_norm is None else [checkpoint.clip_norm], dtype=np.float64
+            ),
         )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_suffix(".part")
@@ -99,6 +104,8 @@ class Checkpoints:
         try:
             with np.load(io.BytesIO(self._path.read_bytes()), allow_pickle=False) as file:
                 begun, completed, trained, tailed = (int(value) for value in file["rounds"])
+                # Files from before the norm could move hold none.
+                norms = file["clip_norm"].tolist() if "clip_norm" in file.files else []
                 found = Checkpoint(
                     run=str(file["run"]),
                     begun=begun,
@@ -109,6 +116,7 @@ class Checkpoints:
                     tail=file["tail"].astype(np.float32),
                     tailed=tailed,
                     session=file["session"].tobytes(),
+                    clip_norm=float(norms[0]) if norms else None,
                 )
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise BadCheckpoint(

@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from atoll.federation import messages, parameters, training
 from atoll.federation.errors import BadMessage
 from atoll.federation.plan import Training
+from atoll.federation.riders import Riders
 from atoll.federation.task import Split, Task
 from atoll.privacy import update
 from atoll.privacy.errors import Refused
@@ -144,10 +145,11 @@ def _local_update(
 ) -> tuple[Integers, float]:
     seed = training.local_seed(work.seed, ask.round, ask.party)
     before = parameters.from_bytes(work.weights)
+    examples = task.load(data, "train")
     done = training.train(
         task.model(0),
         before,
-        task.load(data, "train"),
+        examples,
         Training(
             local_epochs=work.local_epochs,
             batch_size=work.batch_size,
@@ -156,17 +158,24 @@ def _local_update(
         ),
         seed,
     )
+    riders = Riders(work.weight_cap, work.clip_quantile)
     spec = update.UpdateSpec(
         clip_norm=work.clip_norm,
         bits=work.bits,
         noise_multiplier=work.noise_multiplier,
         # No number of its own: the noise must hold for the fewest that the sum allows.
         survivors=ask.min_survivors,
+        colluders=work.colluders,
+        placement=work.noise,
+        riders=riders.count,
+        rider_noise_multiplier=work.rider_noise_multiplier,
     )
     # Without noise there is nothing to keep secret in the rounding, and a seed makes the run
     # repeatable. With noise, rounding draws from the system's entropy like the noise itself.
     rng = Keystream.fresh() if work.noise_multiplier else Keystream.replayable(seed)
-    return update.encode(done.weights - before, spec, rng), done.loss
+    change, rows = done.weights - before, len(examples.y)
+    behind = riders.values(rows, within=update.norm(change) <= spec.clip_norm)
+    return update.encode(change, spec, rng, riders.weight(rows), behind), done.loss
 
 
 def _check_task(task: Task, wanted: str) -> None:

@@ -8,6 +8,7 @@ from flwr.serverapp import Grid
 
 from atoll.federation.errors import RoundFailed
 from atoll.federation.exchange import Clock
+from atoll.privacy.keystream import Keystream
 
 _LOOK_SECONDS: Final = 0.5
 
@@ -37,6 +38,16 @@ class Cohort:
     def roster(self) -> dict[str, bytes]:
         """Certificates of the trainers, as :func:`atoll.privacy.modes.hub_session` takes them."""
         return {device: self.members[device].certificate for device in self.trainers}
+
+
+def draw(names: Sequence[str], rate: float, entropy: Keystream) -> list[str]:
+    """Return a Poisson sample of ``names``: each is in with probability ``rate``, on its own.
+
+    ``rate`` is rounded up to a multiple of 2**-53. ``entropy`` is ``Keystream.fresh()``, but
+    for tests: whoever can predict the draw has no use for what is proved of it.
+    """
+    coins = entropy.uniform(len(names)) < rate
+    return [name for name, drawn in zip(names, coins, strict=True) if drawn]
 
 
 def await_trainers(

@@ -8,19 +8,22 @@ went over the wire.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from flwr.serverapp import Grid
 
-from atoll.federation import messages, parameters
+from atoll.federation import messages, parameters, release
 from atoll.federation.cohort import Cohort
 from atoll.federation.errors import BadMessage
 from atoll.federation.exchange import Clock, exchange
 from atoll.federation.parameters import Vector
 from atoll.federation.plan import Plan
+from atoll.federation.riders import Riders
 from atoll.privacy import update
 from atoll.privacy.errors import Refused, SumFailed
+from atoll.privacy.keystream import Keystream
 from atoll.privacy.modes import HubSession
 from atoll.privacy.sums import CONTRIBUTE, Ask, HubSum, RoundKey, SumSpec, Total
 
@@ -30,8 +33,9 @@ class RoundReport:
     """One round as it went.
 
     ``survivors`` are the devices in the sum, none when the round was thrown away; ``dropped``
-    the other trainers, with the reason. ``loss`` is the mean of what survivors reported;
-    ``epsilon`` what the population has spent so far. Bytes are payload of all devices together.
+    the other trainers of the round's cohort, with the reason. ``loss`` is the mean of what
+    survivors reported; ``epsilon`` what the population has spent so far. Bytes are payload of
+    all devices together. ``clip_norm`` is the clipping norm that the round used.
     """
 
     round: int
@@ -42,37 +46,45 @@ class RoundReport:
     epsilon: float | None
     bytes_up: int
     bytes_down: int
+    clip_norm: float
+
+
+class Learned(NamedTuple):
+    """What a round's sum says: the mean update, float64 ``(n,)``, and the next clipping norm."""
+
+    mean: npt.NDArray[np.float64]
+    clip_norm: float
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What stays the same through a run."""
+    """What stays the same through a run; ``entropy`` is what the hub's noise is drawn from."""
 
     grid: Grid
     plan: Plan
     cohort: Cohort
     run: str
     clock: Clock
-
-    @property
-    def update_spec(self) -> update.UpdateSpec:
-        """How updates become integers; the noise holds for the least number of survivors."""
-        return update.UpdateSpec(
-            clip_norm=self.plan.privacy.clip_norm,
-            bits=self.plan.privacy.bits,
-            noise_multiplier=self.plan.privacy.noise_multiplier,
-            survivors=self.plan.cohort.min_devices,
-        )
+    entropy: Keystream
 
 
 class Conversation:
-    """One round's conversation with the devices in ``present``."""
+    """One round's conversation with those of the ``drawn`` trainers who are ``present``."""
 
     def __init__(
-        self, setting: Setting, number: int, weights: Vector, present: Sequence[str]
+        self,
+        setting: Setting,
+        number: int,
+        weights: Vector,
+        clip_norm: float,
+        drawn: Sequence[str],
+        present: Sequence[str],
     ) -> None:
         self._setting, self._number = setting, number
-        self._weights, self._present = weights, present
+        self._weights, self._drawn = weights, drawn
+        connected = set(present)
+        self._present = [name for name in drawn if name in connected]
+        self._spec = release.update_spec(setting.plan, clip_norm)
         self._started = setting.clock.now()
         self._survivors: tuple[str, ...] = ()
         self._dropped: dict[str, str] = {}
@@ -81,15 +93,21 @@ class Conversation:
         self.why = ""
         """Why the round was thrown away, if it was."""
 
-    def mean(self, session: HubSession) -> npt.NDArray[np.float64] | None:
-        """Return the mean update, float64 ``(n,)``, or none when the round is thrown away."""
-        spec = self._setting.update_spec
+    def learn(self, session: HubSession) -> Learned | None:
+        """Return what the devices' sum says, or none when the round is thrown away."""
+        spec, plan = self._spec, self._setting.plan
+        if len(self._present) < plan.cohort.min_devices:
+            self.why = (
+                f"drawn {len(self._drawn)}, connected of these {len(self._present)}, "
+                f"needed {plan.cohort.min_devices}"
+            )
+            return None
         sums = SumSpec(
             key=RoundKey(self._setting.run, self._number),
-            length=len(self._weights),
+            length=len(self._weights) + spec.riders,
             bound=spec.bound,
             parties=len(self._present),
-            min_survivors=self._setting.plan.cohort.min_devices,
+            min_survivors=plan.cohort.min_devices,
         )
         try:
             hub = session.open(sums, list(self._present))
@@ -101,7 +119,16 @@ class Conversation:
             self.why = str(error)
             return None
         self._survivors = tuple(step.survivors)
-        return update.decode(step.values, spec, len(step.survivors))
+        noised = update.release(step.values, spec, self._setting.entropy)
+        return self._learned(update.decode(noised, spec))
+
+    def _learned(self, sums: update.Sums) -> Learned:
+        plan, riders = self._setting.plan, Riders.of(self._setting.plan)
+        devices = release.devices(plan, len(self._setting.cohort.trainers), len(self._survivors))
+        return Learned(
+            riders.mean(sums, self._spec, devices),
+            riders.next_clip_norm(plan, self._spec.clip_norm, sums, devices),
+        )
 
     def report(self, epsilon: float | None) -> RoundReport:
         """Say how the round went."""
@@ -111,7 +138,7 @@ class Conversation:
             name: self._dropped.get(name, self.why or "its term did not get into the sum")
             if name in present
             else "not connected"
-            for name in self._setting.cohort.trainers
+            for name in self._drawn
             if name not in self._survivors
         }
         return RoundReport(
@@ -123,6 +150,7 @@ class Conversation:
             epsilon=epsilon,
             bytes_up=self._up,
             bytes_down=self._down,
+            clip_norm=self._spec.clip_norm,
         )
 
     def _phase(self, hub: HubSum, ask: Ask, sums: SumSpec) -> None:
@@ -169,7 +197,7 @@ class Conversation:
         )
 
     def _work(self) -> messages.TrainAsk:
-        plan, spec = self._setting.plan, self._setting.update_spec
+        plan, spec, riders = self._setting.plan, self._spec, Riders.of(self._setting.plan)
         return messages.TrainAsk(
             task=plan.task,
             weights=parameters.to_bytes(self._weights),
@@ -181,4 +209,9 @@ class Conversation:
             clip_norm=spec.clip_norm,
             bits=spec.bits,
             noise_multiplier=spec.noise_multiplier,
+            colluders=spec.colluders,
+            noise=spec.placement,
+            weight_cap=riders.weight_cap,
+            clip_quantile=riders.clip_quantile,
+            rider_noise_multiplier=spec.rider_noise_multiplier,
         )

@@ -17,6 +17,7 @@ from flwr.app import ConfigRecord, RecordDict
 
 from atoll.federation.errors import BadMessage
 from atoll.privacy.sums import RoundKey, SumSpec
+from atoll.privacy.update import Placement
 
 TRAIN: Final = "train"
 SUM: Final = "train.sum"
@@ -51,7 +52,11 @@ class SumAsk(msgspec.Struct, frozen=True, kw_only=True, tag="sum"):
 
 
 class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
-    """Local training: ``weights`` is a float32 little-endian vector."""
+    """Local training: ``weights`` is a float32 little-endian vector.
+
+    How the update becomes a term is :class:`atoll.privacy.update.UpdateSpec`, whose fewest
+    survivors the :class:`SumAsk` says; what rides is :class:`atoll.federation.riders.Riders`.
+    """
 
     task: str
     weights: bytes
@@ -63,6 +68,11 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     clip_norm: float
     bits: int
     noise_multiplier: float
+    colluders: int = 0
+    noise: Placement = "distributed"
+    weight_cap: int = 0
+    clip_quantile: float = 0.0
+    rider_noise_multiplier: float = 0.0
 
 
 class EvaluateAsk(msgspec.Struct, frozen=True, kw_only=True, tag="evaluate"):

@@ -5,7 +5,7 @@ Plans are data. The same plan and seed on the in-process engine give the same mo
 
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -16,6 +16,10 @@ from atoll.privacy.modes import Mode
 Positive = Annotated[int, Meta(ge=1)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
+
+
+RIDER_NOISE: Final = 5.0
+"""Noise multiplier of a rider over that of the update, unless the plan says otherwise."""
 
 
 class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,15 +43,48 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     2204.13650). It costs no privacy either.
     """
 
+    weighting: Literal["equal", "capped"] = "equal"
+    """How much a device's update counts in the mean.
+
+    ``equal``: as much as any other. ``capped``: w = min(examples, ``weight_cap``) /
+    ``weight_cap``, so that the mean is Σw·Δ/Σw; being at most one, w is inside the sensitivity.
+    Σw rides in the same sum with noise of its own (:mod:`atoll.federation.riders`).
+    """
+    weight_cap: Positive | None = None
+    """Examples from which on a device's weight is one."""
+
+    def __post_init__(self) -> None:
+        """Refuse a weighting without its cap, and a cap that would be ignored."""
+        if (self.weighting == "capped") != (self.weight_cap is not None):
+            raise ValueError(
+                'weight_cap belongs to weighting = "capped": give both or neither of them'
+            )
+
 
 class Cohort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Who takes part: devices carrying all of ``labels`` train; all devices evaluate."""
+    """Who takes part: devices carrying all of ``labels`` train; all devices evaluate.
+
+    With a ``sampling_rate`` each round draws its cohort (Poisson sampling): every enrolled
+    trainer, connected or not, is in with that probability, independently of the others. Those
+    of them who are connected take part. A cohort below ``min_devices`` is not waited for: the
+    round is thrown away, and charged, as any other that ends below it.
+
+    Sampling lowers ε where nobody can tell who took part (amplification). So the ledger counts
+    on it only under ``noise = "central"``, with a mean over the *expected* cohort and with
+    ``min_devices`` far enough below that (:func:`atoll.federation.release.amplification`). What
+    it says then holds against those who see the released models and nothing else. It does not
+    hold against the hub, which draws the cohort, nor, in the modes whose devices see each
+    other's names, against the devices of a round: against them a round costs what it would
+    without sampling.
+    """
 
     labels: dict[str, str] = {}
     min_devices: Positive = 2
     """Fewer survivors than this and a round is thrown away."""
     round_timeout: PositiveFloat = 120.0
     """Seconds before a device that has not answered counts as dropped out."""
+    sampling_rate: Annotated[float, Meta(gt=0, le=1)] | None = None
+    """Probability with which an enrolled trainer is in a round's cohort; none: everyone is."""
 
 
 class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,6 +92,11 @@ class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``noise_multiplier`` is σ of the noise on the *sum* over ``clip_norm`` (L2), held for the
     minimum number of survivors; 0 turns noise off and the run has no ε.
+
+    ``noise`` says who adds it. ``distributed``: every device a share, so that nobody ever sees
+    a sum without noise. ``central``: the hub, to the sum that it has opened. That is less noise
+    when more than the minimum survive, and ε then holds against those who see the models; the
+    hub, and in ``he`` the two devices that open the sum, see it bare.
     """
 
     mode: Mode = "secagg"
@@ -62,9 +104,43 @@ class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bits: Annotated[int, Meta(ge=4, le=24)] = 16
     """Bits of one quantised value, sign included."""
     noise_multiplier: NonNegativeFloat = 0.0
+    noise: Literal["distributed", "central"] = "distributed"
+    colluders: Annotated[int, Meta(ge=0)] = 0
+    """Devices that may pool what they know: they know, and could subtract, their own noise.
+
+    The others' shares alone make up the noise then. Central noise has no shares to know.
+    """
+    clip: Literal["fixed", "adaptive"] = "fixed"
+    """``adaptive``: ``clip_norm`` is where the clipping norm starts, and it follows the norm
+    below which ``clip_quantile`` of the updates lie (Andrew, Thakkar, McMahan and Ramaswamy,
+    NeurIPS 2021), by a factor of exp(-``clip_rate``·(share - ``clip_quantile``)) a round.
+    """
+    clip_quantile: Annotated[float, Meta(gt=0, lt=1)] = 0.5
+    clip_rate: PositiveFloat = 0.2
+    rider_noise_multiplier: PositiveFloat | None = None
+    """σ of the noise on a number that rides in the sum, over that number's sensitivity.
+
+    None: five times ``noise_multiplier``. One rider then lowers the multiplier that the ledger
+    is charged with by 2 %, two by 4 %.
+    """
     delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
     budget_epsilon: PositiveFloat | None = None
     """Refuse rounds past this ε; none records without refusing."""
+
+    def __post_init__(self) -> None:
+        """Refuse noise on riders where the update has none."""
+        if self.rider_noise_multiplier is not None and not self.noise_multiplier:
+            raise ValueError(
+                "rider_noise_multiplier without noise_multiplier protects nothing: "
+                "set noise_multiplier, or leave both out"
+            )
+
+    @property
+    def rider_noise(self) -> float:
+        """σ of the noise on a rider over its sensitivity; 0 without noise."""
+        if self.rider_noise_multiplier is not None:
+            return self.rider_noise_multiplier
+        return RIDER_NOISE * self.noise_multiplier
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -79,6 +155,15 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     training: Training = Training()
     cohort: Cohort = Cohort()
     privacy: Privacy = Privacy()
+
+    def __post_init__(self) -> None:
+        """Refuse a round that could consist of colluders."""
+        if self.privacy.colluders >= self.cohort.min_devices:
+            raise ValueError(
+                f"privacy.colluders = {self.privacy.colluders} must be below "
+                f"cohort.min_devices = {self.cohort.min_devices}: nobody would be left to add "
+                "noise; raise min_devices"
+            )
 
 
 def loads(text: str) -> Plan:

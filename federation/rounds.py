@@ -1,18 +1,24 @@
 """Federated averaging under a private sum: the rounds of one plan.
 
     run_rounds(grid, plan, cohort, session, charge, on_round, initial, *, run,
-               checkpoints=None, clock=SYSTEM_CLOCK) -> Outcome
+               checkpoints=None, clock=SYSTEM_CLOCK, entropy=None) -> Outcome
 
-For each round the ledger is charged first; then the hub's side of the sum leads. Phases
-before the contribution are messages of their own, the contribution rides with the training
-instruction, phases after it open the sum. Terms weigh equally, so that the sum's sensitivity
-is one device's clipped update. A round with too few survivors is thrown away: the weights
-stay, the charge stands, and the next round goes on; :data:`PATIENCE` of them in a row end
-the run with :class:`RoundFailed`.
+For each round the ledger is charged first; then the cohort is drawn, and the hub's side of the
+sum leads. Phases before the contribution are messages of their own, the contribution rides
+with the training instruction, phases after it open the sum. No term weighs more than one, so
+that the sum's sensitivity is one device's clipped update. A round with too few survivors is
+thrown away: the weights stay, the charge stands, and the next round goes on; :data:`PATIENCE`
+of them in a row end the run with :class:`RoundFailed`.
+
+Under ``cohort.sampling_rate`` the draw alone can fall below the minimum. Such a round is
+thrown away as well, and charged, because that it was thrown away is seen. But it says nothing
+of the devices: the next round draws anew, and it neither adds to :data:`PATIENCE` nor takes
+from it. A cohort that was drawn large enough and of which too few are connected, or answer,
+does add.
 
 With no noise a run on the in-process engine is repeatable from ``plan.seed``: batch order
 and stochastic rounding on a device draw from (seed, round, device). With noise, rounding and
-noise draw from the system's entropy.
+noise draw from the system's entropy, as sampled cohorts always do.
 """
 
 from collections.abc import Callable
@@ -21,18 +27,19 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 from flwr.serverapp import Grid
 
+from atoll.federation import release
 from atoll.federation.checkpoints import Checkpoint, Checkpoints
-from atoll.federation.cohort import Cohort, Member, await_trainers
-from atoll.federation.conversation import Conversation, RoundReport, Setting
+from atoll.federation.cohort import Cohort, Member, await_trainers, draw
+from atoll.federation.conversation import Conversation, Learned, RoundReport, Setting
 from atoll.federation.errors import RoundFailed
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock
 from atoll.federation.parameters import Vector
 from atoll.federation.plan import Plan
 from atoll.privacy import modes
 from atoll.privacy.errors import BudgetExceeded, Refused
+from atoll.privacy.keystream import Keystream
 from atoll.privacy.modes import HubSession
 
 __all__ = ["PATIENCE", "Cohort", "Member", "Outcome", "RoundReport", "run_rounds"]
@@ -62,47 +69,55 @@ def run_rounds(
     run: str,
     checkpoints: Checkpoints | None = None,
     clock: Clock = SYSTEM_CLOCK,
+    entropy: Keystream | None = None,
 ) -> Outcome:
     """Run the plan's rounds, or those that are left of them after the checkpoint.
 
     ``run`` names the run to devices and must be the same after a restart. ``charge`` is
     called before round ``r`` starts and returns the ε spent so far (none when nothing bounds
     it); when it raises :class:`BudgetExceeded` the run ends with what has been trained.
-    ``on_round`` hears of every round, thrown away or not.
+    ``on_round`` hears of every round, thrown away or not. ``entropy`` is what cohorts and the
+    hub's noise are drawn from: a fresh keystream, but for tests.
 
     Raises :class:`RoundFailed` when too few devices are there or answer,
     :class:`atoll.privacy.errors.BadParameters` for a plan that cannot be private or decoded,
     and :class:`atoll.federation.errors.BadCheckpoint`.
     """
-    setting = Setting(grid, plan, cohort, run, clock)
-    modes.check(plan.privacy.mode, setting.update_spec, len(initial), len(cohort.trainers))
+    entropy = entropy or Keystream.fresh()
+    setting = Setting(grid, plan, cohort, run, clock, entropy)
     state = _resume(run, session, checkpoints) or Checkpoint.fresh(run, initial)
+    spec = release.update_spec(plan, state.clip_norm or plan.privacy.clip_norm)
+    modes.check(plan.privacy.mode, spec, len(initial), len(cohort.trainers))
+    release.check_population(plan, len(cohort.trainers))
+    rate, least = plan.cohort.sampling_rate, plan.cohort.min_devices
     failures, hoped = 0, len(cohort.trainers)
     for number in range(state.begun + 1, plan.rounds + 1):
         present = await_trainers(
             grid,
             cohort,
-            least=plan.cohort.min_devices,
+            least=least,
             hoped=hoped,
             timeout=plan.cohort.round_timeout,
             clock=clock,
         )
         # At the start everybody is waited for; later whoever is there goes on.
-        hoped = plan.cohort.min_devices
+        hoped = least
         try:
             epsilon = charge(number)
         except BudgetExceeded:
             return Outcome(state.result, state.trained, "budget")
         state = replace(state, begun=number)
         _save(state, checkpoints)
-        talk = Conversation(setting, number, state.weights, present)
-        mean = talk.mean(session)
-        if mean is None:
-            failures += 1
-        else:
+        drawn = cohort.trainers if rate is None else draw(cohort.trainers, rate, entropy)
+        clip_norm = state.clip_norm or plan.privacy.clip_norm
+        talk = Conversation(setting, number, state.weights, clip_norm, drawn, present)
+        learned = talk.learn(session)
+        if learned is not None:
             failures = 0
-            state = replace(_stepped(state, mean, plan), session=session.dump())
+            state = replace(_stepped(state, learned, plan), session=session.dump())
             _save(state, checkpoints)
+        elif len(drawn) >= least:
+            failures += 1
         on_round(talk.report(epsilon))
         if failures == PATIENCE:
             raise RoundFailed(
@@ -112,9 +127,9 @@ def run_rounds(
     return Outcome(state.result, state.trained, "complete")
 
 
-def _stepped(state: Checkpoint, mean: npt.NDArray[np.float64], plan: Plan) -> Checkpoint:
-    """Return the state after the round that has begun, whose mean update is ``mean``."""
-    velocity = plan.training.server_momentum * state.velocity + mean
+def _stepped(state: Checkpoint, learned: Learned, plan: Plan) -> Checkpoint:
+    """Return the state after the round that has begun, of which ``learned`` came."""
+    velocity = plan.training.server_momentum * state.velocity + learned.mean
     weights = state.weights + plan.training.server_learning_rate * velocity
     tail, tailed = state.tail, state.tailed
     if state.begun > plan.rounds - plan.training.averaged_rounds:
@@ -128,6 +143,7 @@ def _stepped(state: Checkpoint, mean: npt.NDArray[np.float64], plan: Plan) -> Ch
         velocity=velocity.astype(np.float32),
         tail=tail,
         tailed=tailed,
+        clip_norm=learned.clip_norm,
     )
 
 

@@ -79,13 +79,16 @@ def check(mode: str, update: UpdateSpec, length: int, parties: int) -> None:
         raise BadParameters(
             f"{update.survivors} survivors are needed and the cohort has {parties} devices"
         )
-    if parties * update.bound >= 2**63:
+    # The hub's noise goes on the sum, so it needs room once, whatever the cohort.
+    if parties * update.bound + update.tail >= 2**63:
         raise BadParameters("the sum does not fit 64 bits; lower bits or noise_multiplier")
     if _known(mode) == "plain":
         return
     if update.survivors < 2:
         raise BadParameters("a sum of one term hides nothing; set cohort.min_devices to 2 or more")
-    spec = SumSpec(RoundKey("check", 0), length, update.bound, parties, update.survivors)
+    spec = SumSpec(
+        RoundKey("check", 0), length + update.riders, update.bound, parties, update.survivors
+    )
     if mode == "secagg":
         Ring.of(spec)
         return

@@ -1,20 +1,30 @@
-"""From a model update to the integers that a sum adds up, and back to their mean.
+"""From a model update to the integers that a sum adds up, and from their sum back to floats.
 
-    refuse NaN and Inf → clip → scale → round stochastically → check the norm → add noise
+    device   encode:   refuse NaN and Inf → clip → weigh → scale → round stochastically
+                       → check the norm → add a share of the noise (distributed)
+    hub      release:  → add all of the noise (central)
+             decode:   → the sums in their own units
 
 Everything that the privacy of a device rests on happens on integers: the L2 norm of what
 leaves :func:`quantise` is at most :attr:`UpdateSpec.sensitivity`, checked exactly after
-rounding, and the noise is discrete. Neighbouring cohorts differ in one device's update being
+rounding, and the noise is discrete. Neighbouring cohorts differ in one device's term being
 replaced by zeros. After Kairouz, Liu and Steinke, "The Distributed Discrete Gaussian
 Mechanism for Federated Learning with Secure Aggregation" (ICML 2021).
 
-:class:`Clipped` and :class:`Noised` are separate types, so that noising twice, or noising
-what was never clipped, does not type-check.
+Behind the update's values a term may carry *riders*: single numbers in [-1, 1], each with
+noise of its own, that the same sum adds up. What they mean is the caller's business; that
+each moves its coordinate by :attr:`UpdateSpec.rider_steps` at most is kept here. Independent
+Gaussians in one release are one Gaussian: :attr:`UpdateSpec.multiplier`.
+
+:class:`Clipped` and :class:`Noised` are separate types: noise goes on what is clipped and
+bare, and only what is noised is decoded, so that noising twice (on the devices and again at
+the hub), or not at all, does not type-check.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +35,9 @@ from atoll.privacy.keystream import Keystream
 from atoll.privacy.sums import Integers
 
 Floats = npt.NDArray[np.float64]
+
+Placement = Literal["distributed", "central"]
+"""Who adds the noise: every device a share of it, or the hub all of it to the sum."""
 
 MIN_SHARE_SIGMA: Final = 2.0
 """A sum of discrete Gaussians this wide is within 1e-15 of a discrete Gaussian (ibid., Thm 1)."""
@@ -40,7 +53,12 @@ class UpdateSpec:
 
     ``clip_norm`` is the largest L2 norm of an update, in the update's own unit; ``bits`` those
     of one quantised value, sign included; ``noise_multiplier`` σ of the noise on the *sum* over
-    the sensitivity when ``survivors`` devices take part (it is larger when more do).
+    the sensitivity when ``survivors`` devices take part. With distributed noise it is larger
+    when more do, and it counts ``colluders`` of them as adding none: devices that know their
+    own share can subtract it, so a device is protected from up to so many others.
+
+    ``riders`` numbers follow the update, each with σ of ``rider_noise_multiplier`` over its own
+    sensitivity.
 
     Raises :class:`BadParameters` for values that cannot work.
     """
@@ -49,6 +67,10 @@ class UpdateSpec:
     bits: int
     noise_multiplier: float
     survivors: int
+    colluders: int = 0
+    placement: Placement = "distributed"
+    riders: int = 0
+    rider_noise_multiplier: float = 0.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
@@ -61,15 +83,47 @@ class UpdateSpec:
             )
         if self.survivors < 1:
             raise BadParameters(f"survivors {self.survivors} must be at least 1")
-        if self.noise_multiplier and self.share_sigma < MIN_SHARE_SIGMA:
+        if not 0 <= self.colluders < self.survivors:
             raise BadParameters(
-                f"noise of σ = {self.share_sigma:.2g} integer steps per device is too coarse to "
+                f"colluders {self.colluders} must be 0 or more and fewer than the "
+                f"{self.survivors} devices that a sum has at least: somebody has to add noise"
+            )
+        if self.riders < 0:
+            raise BadParameters(f"riders {self.riders} must not be negative")
+        self._check_rider_noise()
+        for sigma in (self.share_sigma, self.rider_sigma):
+            self._check_drawn(sigma)
+
+    def _check_rider_noise(self) -> None:
+        ratio = self.rider_noise_multiplier
+        if not (math.isfinite(ratio) and ratio >= 0):
+            raise BadParameters(
+                f"rider_noise_multiplier {ratio} must be zero or positive, and finite"
+            )
+        if self.riders and bool(ratio) != bool(self.noise_multiplier):
+            raise BadParameters(
+                f"rider_noise_multiplier {ratio:g} and noise_multiplier "
+                f"{self.noise_multiplier:g} must be both zero or both positive: they protect "
+                "one release"
+            )
+        if self.riders and self.rider_steps < 1:
+            raise BadParameters(
+                f"rider_noise_multiplier {ratio:g} leaves riders no step of their own; lower it "
+                f"or raise bits (now {self.bits})"
+            )
+
+    def _check_drawn(self, sigma: float) -> None:
+        if not sigma:
+            return
+        if sigma < MIN_SHARE_SIGMA:
+            raise BadParameters(
+                f"noise of σ = {sigma:.2g} integer steps a draw is too coarse to "
                 f"add up to a Gaussian; raise bits (now {self.bits}) until it is "
                 f"{MIN_SHARE_SIGMA:g} or more"
             )
-        if self.share_sigma > noise.MAX_SIGMA:
+        if sigma > noise.MAX_SIGMA:
             raise BadParameters(
-                f"noise of σ = {self.share_sigma:.2g} integer steps per device cannot be drawn; "
+                f"noise of σ = {sigma:.2g} integer steps a draw cannot be drawn; "
                 "lower noise_multiplier or bits"
             )
 
@@ -84,20 +138,63 @@ class UpdateSpec:
         return self.sensitivity / self.clip_norm
 
     @property
+    def adders(self) -> int:
+        """How many draws of noise a sum holds at least that no colluder knows."""
+        return 1 if self.placement == "central" else self.survivors - self.colluders
+
+    @property
     def share_sigma(self) -> float:
-        """Standard deviation of one device's noise, in integers."""
-        return self.noise_multiplier * self.sensitivity / math.sqrt(self.survivors)
+        """Standard deviation of one draw of noise on a value of the update, in integers."""
+        return self.noise_multiplier * self.sensitivity / math.sqrt(self.adders)
+
+    @property
+    def rider_steps(self) -> int:
+        """Largest |integer| of a rider, which stands for 1.
+
+        As fine as the update's values, unless the noise would then be wider than theirs: it
+        never is, so riders cost a sum no bits.
+        """
+        if self.rider_noise_multiplier <= self.noise_multiplier:
+            return self.sensitivity
+        return int(self.sensitivity * (self.noise_multiplier / self.rider_noise_multiplier))
+
+    @property
+    def rider_sigma(self) -> float:
+        """Standard deviation of one draw of noise on a rider, in integers; 0 without riders."""
+        if not self.riders:
+            return 0.0
+        return self.rider_noise_multiplier * self.rider_steps / math.sqrt(self.adders)
+
+    @property
+    def multiplier(self) -> float:
+        """Noise multiplier of the whole release, riders included; 0 when it has no noise.
+
+        A term moves the update's part by its sensitivity and each rider by its own. Divided
+        by their σ, these are one vector of L2 norm √(1/z² + Σ 1/zᵣ²), and the release one
+        Gaussian of the inverse (Andrew et al., NeurIPS 2021, theorem 1, for one rider).
+        """
+        if not self.noise_multiplier:
+            return 0.0
+        precision = self.noise_multiplier**-2
+        if self.riders:
+            precision += self.riders * self.rider_noise_multiplier**-2
+        return 1 / math.sqrt(precision)
 
     @property
     def bound(self) -> int:
-        """Largest |integer| of one term, noise included; a hard limit.
+        """Largest |integer| of one term, a device's noise included; a hard limit.
 
         Noise past 9.3 σ is drawn again (:func:`atoll.privacy.noise.tail`). Per value that
         happens with probability below 2**-61, which is also how far the noise is from the
         untruncated distribution: a million values, a thousand devices and a hundred rounds add
         less than 5e-8 to δ.
         """
-        return self.sensitivity + (noise.tail(self.share_sigma) if self.noise_multiplier else 0)
+        return self.sensitivity + (0 if self.placement == "central" else self.tail)
+
+    @property
+    def tail(self) -> int:
+        """Largest magnitude of one draw of noise, on values and riders alike."""
+        return noise.tail(self.share_sigma) if self.noise_multiplier else 0
 
     def room(self, length: int) -> float:
         """Return the norm, in integers, to which ``length`` values are clipped before rounding.
@@ -118,38 +215,89 @@ class UpdateSpec:
 
 @dataclass(frozen=True, slots=True)
 class Clipped:
-    """Integers whose L2 norm is at most the sensitivity."""
+    """Integers without noise; one device's part in them is at most the sensitivity (L2).
+
+    Its riders are at most :attr:`UpdateSpec.rider_steps` each. One term, or a sum of terms.
+    """
 
     values: Integers
 
 
 @dataclass(frozen=True, slots=True)
 class Noised:
-    """Integers that carry this device's share of the noise."""
+    """Integers with noise: a term with its device's share, or a sum with all of it."""
 
     values: Integers
 
 
-def quantise(update: npt.ArrayLike, spec: UpdateSpec, rng: Keystream) -> Clipped:
-    """Clip ``update`` (``(n,)``, any float) and round it to integers without bias.
+class Sums(NamedTuple):
+    """What a sum says: float64 ``(n,)`` weighed updates and float64 ``(riders,)``, added up."""
 
-    Raises :class:`BadUpdate` for NaN, Inf or another shape.
+    update: Floats
+    riders: Floats
+
+
+def norm(update: npt.ArrayLike) -> float:
+    """Return the L2 norm of ``update``, ``(n,)``; no square leaves a float's range on the way.
+
+    NaN or infinite when a value is.
+    """
+    values = np.asarray(update, dtype=np.float64)
+    largest = float(np.abs(values).max(initial=0.0))
+    if not 0 < largest < math.inf:
+        return largest
+    return largest * float(np.linalg.norm(values / largest))
+
+
+def quantise(
+    update: npt.ArrayLike,
+    spec: UpdateSpec,
+    rng: Keystream,
+    weight: float = 1.0,
+    riders: Sequence[float] = (),
+) -> Clipped:
+    """Clip ``update`` (``(n,)``, any float), weigh it and round it to integers without bias.
+
+    ``weight`` is in [0, 1], so that what is weighed is within the clipping norm still;
+    ``riders`` are in [-1, 1] and stand behind the update, rounded in the same way.
+
+    Raises :class:`BadUpdate` for NaN, Inf or another shape, and for a weight or riders that
+    are not in their range or not as many as the spec says.
     """
     values = np.asarray(update, dtype=np.float64)
     if values.ndim != 1 or values.size == 0:
         raise BadUpdate(f"an update has one axis and some values; this has shape {values.shape}")
     if not np.isfinite(values).all():
         raise BadUpdate("the update holds NaN or Inf; the device's training diverged")
-    wanted = _scaled(values, spec)
+    if not 0 <= weight <= 1:
+        raise BadUpdate(f"weight {weight} is not in [0, 1]")
+    rounded = _rounded(weight * _scaled(values, spec), spec, rng)
+    return Clipped(np.concatenate([rounded, _rider_integers(riders, spec, rng)]))
+
+
+def _rounded(wanted: Floats, spec: UpdateSpec, rng: Keystream) -> Integers:
+    """Return ``wanted`` rounded without bias, its norm at most the sensitivity."""
     floor = np.floor(wanted)
     fraction = wanted - floor
     limit = spec.sensitivity**2
     for _ in range(_ATTEMPTS):
-        rounded = (floor + (rng.uniform(values.size) < fraction)).astype(np.int64)
+        rounded = (floor + (rng.uniform(wanted.size) < fraction)).astype(np.int64)
         if int(rounded @ rounded) <= limit:
-            return Clipped(rounded)
+            return rounded
     # Fewer than one update in a million comes here; rounding to zero never lengthens.
-    return Clipped(np.trunc(wanted).astype(np.int64))
+    return np.trunc(wanted).astype(np.int64)
+
+
+def _rider_integers(riders: Sequence[float], spec: UpdateSpec, rng: Keystream) -> Integers:
+    if len(riders) != spec.riders:
+        raise BadUpdate(f"{len(riders)} riders where {spec.riders} ride")
+    values = np.asarray(riders, dtype=np.float64)
+    if not (np.abs(values) <= 1).all():
+        raise BadUpdate("a rider is not in [-1, 1]")
+    wanted = values * spec.rider_steps
+    floor = np.floor(wanted)
+    # A whole number has no fraction, so that the limits themselves are never passed.
+    return (floor + (rng.uniform(values.size) < wanted - floor)).astype(np.int64)
 
 
 def _scaled(values: Floats, spec: UpdateSpec) -> Floats:
@@ -166,24 +314,50 @@ def _scaled(values: Floats, spec: UpdateSpec) -> Floats:
 
 
 def add_noise(clipped: Clipped, spec: UpdateSpec, rng: Keystream) -> Noised:
-    """Add this device's share of the noise; none when the multiplier is zero."""
+    """Add one draw of the noise: a device's share, or all of it when it is central.
+
+    None when the multiplier is zero.
+    """
     if not spec.noise_multiplier:
         return Noised(clipped.values)
-    drawn = noise.discrete_gaussian(spec.share_sigma, clipped.values.size, rng)
+    length = clipped.values.size - spec.riders
+    drawn = noise.discrete_gaussian(spec.share_sigma, length, rng)
+    if spec.riders:
+        behind = noise.discrete_gaussian(spec.rider_sigma, spec.riders, rng)
+        drawn = np.concatenate([drawn, behind])
     return Noised(clipped.values + drawn)
 
 
-def encode(update: npt.ArrayLike, spec: UpdateSpec, rng: Keystream) -> Integers:
-    """Return the integers, int64 ``(n,)`` in ``[-bound, bound]``, that stand for ``update``.
+def encode(
+    update: npt.ArrayLike,
+    spec: UpdateSpec,
+    rng: Keystream,
+    weight: float = 1.0,
+    riders: Sequence[float] = (),
+) -> Integers:
+    """Return a device's term: int64 ``(n + riders,)`` in ``[-bound, bound]``.
 
-    Clipped to ``clip_norm``, rounded and noised. ``rng`` is ``Keystream.fresh()`` wherever
-    there is noise. Raises :class:`BadUpdate` for NaN, Inf or a shape other than ``(n,)``.
+    The update clipped to ``clip_norm``, weighed and rounded, its riders behind it; noised
+    unless the hub adds the noise. ``rng`` is ``Keystream.fresh()`` wherever there is noise.
+    Raises :class:`BadUpdate` as :func:`quantise` does.
     """
-    return add_noise(quantise(update, spec, rng), spec, rng).values
+    clipped = quantise(update, spec, rng, weight, riders)
+    if spec.placement == "central":
+        return clipped.values
+    return add_noise(clipped, spec, rng).values
 
 
-def decode(values: Integers, spec: UpdateSpec, survivors: int) -> Floats:
-    """Return the mean update, float64 ``(n,)``, from the sum over ``survivors`` devices."""
-    if survivors < 1:
-        raise BadParameters("a mean needs at least one survivor")
-    return values / (spec.scale * survivors)
+def release(total: Integers, spec: UpdateSpec, rng: Keystream) -> Noised:
+    """Return the sum of encoded terms with all of its noise, which central noise gets here.
+
+    ``rng`` is ``Keystream.fresh()`` wherever there is noise.
+    """
+    if spec.placement == "central":
+        return add_noise(Clipped(total), spec, rng)
+    return Noised(total)
+
+
+def decode(total: Noised, spec: UpdateSpec) -> Sums:
+    """Return what a sum says, in the units in which the terms were given."""
+    length = total.values.size - spec.riders
+    return Sums(total.values[:length] / spec.scale, total.values[length:] / spec.rider_steps)

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from flwr.serverapp import Grid
 
-from atoll.federation import evaluation, parameters, rounds
+from atoll.federation import evaluation, parameters, release, rounds
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.cohort import Cohort
 from atoll.federation.conversation import RoundReport
@@ -149,10 +149,16 @@ def run(
     return Result(manifest, verdicts, facts)
 
 
-def event_of(plan: Plan) -> Event:
-    """Return what one round of the plan costs: every trainer takes part, so nothing is sampled."""
-    noise = plan.privacy.noise_multiplier
-    return Gaussian(noise) if noise else Unnoised()
+def event_of(plan: Plan, trainers: int) -> Event:
+    """Return what one round of the plan costs to a population of ``trainers``.
+
+    The update and its riders are one release. Sampling counts where it amplifies
+    (:func:`atoll.federation.release.amplification`), and nowhere else.
+    """
+    spec = release.update_spec(plan, plan.privacy.clip_norm)
+    if not spec.multiplier:
+        return Unnoised()
+    return Gaussian(spec.multiplier, release.amplification(plan, trainers))
 
 
 def features_of(task: Task) -> FeatureSpec:
@@ -171,9 +177,10 @@ def _train(
 ) -> parameters.Vector:
     plan = job.plan
     reports: list[RoundReport] = []
+    event = event_of(plan, len(job.cohort.trainers))
 
     def charge(number: int) -> float | None:
-        spent = ledger.charge(f"{job.run}/{number}", event_of(plan)).epsilon_pld
+        spent = ledger.charge(f"{job.run}/{number}", event).epsilon_pld
         return spent if isfinite(spent) else None
 
     def heard(report: RoundReport) -> None:
@@ -199,6 +206,8 @@ def _train(
         privacy |= {"epsilon": spent.epsilon_pld, "epsilon_rdp": spent.epsilon_rdp}
     if plan.privacy.budget_epsilon is not None:
         privacy["budget"] = plan.privacy.budget_epsilon
+    if plan.privacy.clip == "adaptive" and reports:
+        privacy["clip_norm"] = reports[-1].clip_norm
     note(
         rounds={
             "planned": plan.rounds,

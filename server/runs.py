@@ -14,8 +14,10 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, RowMapping, insert, select, update
 
+from atoll.federation import release
 from atoll.federation.errors import BadPlan, LinkError
 from atoll.federation.plan import Plan, loads
+from atoll.privacy.errors import BadParameters
 from atoll.server import audit, desired
 from atoll.server.auth import Operator
 from atoll.server.context import Clock, Nodes
@@ -35,6 +37,7 @@ def propose(
 ) -> str:
     """Add a run that waits for approval; return its id. Raises :class:`BadInput`."""
     plan = read_plan(plan_toml)
+    _check_population(connection, plan)
     run = secrets.token_hex(6)
     connection.execute(
         insert(runs).values(
@@ -90,6 +93,10 @@ def read_plan(plan_toml: str) -> Plan:
         plan = loads(plan_toml)
     except BadPlan as error:
         raise BadInput(f"the plan cannot be run: {error}", "edit the plan") from error
+    try:
+        release.check(plan)
+    except BadParameters as error:
+        raise BadInput(f"the plan cannot be run: {error}", "edit the plan") from error
     known = sorted(entry_points(group="atoll.tasks").names)
     if plan.task not in known:
         raise BadInput(
@@ -97,6 +104,18 @@ def read_plan(plan_toml: str) -> Plan:
             "install the package that offers it on hub and devices",
         )
     return plan
+
+
+def _check_population(connection: Connection, plan: Plan) -> None:
+    """Refuse a plan that promises nothing to the fleet, once the fleet is large enough for it."""
+    labels = connection.execute(select(devices.c.labels).where(devices.c.revoked_at.is_(None)))
+    trainers = sum(plan.cohort.labels.items() <= row.labels.items() for row in labels)
+    if trainers < plan.cohort.min_devices:
+        return
+    try:
+        release.check_population(plan, trainers)
+    except BadParameters as error:
+        raise BadInput(f"the plan cannot be run: {error}", "edit the plan") from error
 
 
 class Runner:

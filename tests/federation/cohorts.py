@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 from blobs import Blobs, write
 
 from atoll.federation import client_app, parameters, plan, rounds
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.engine import InProcessGrid
 from atoll.fleet.identity import Authority, Identity, peer_of
+from atoll.privacy.keystream import Keystream
 from atoll.privacy.modes import PartyIdentity, hub_session, party_session
 from atoll.privacy.sums import PartySum
 
@@ -30,6 +32,17 @@ def plan_of(mode: str = "plain", count: int = 3, least: int = 2, noise: float = 
     return plan.loads(PLAN.format(mode=mode, rounds=count, least=least, noise=noise))
 
 
+def varied(the_plan: plan.Plan, **sections: Mapping[str, object]) -> plan.Plan:
+    """Return the plan with fields of its sections replaced."""
+    return msgspec.structs.replace(
+        the_plan,
+        **{
+            name: msgspec.structs.replace(getattr(the_plan, name), **fields)
+            for name, fields in sections.items()
+        },
+    )
+
+
 @dataclass
 class Fleet:
     """Devices in this process: their apps by node id, and the cohort that they make."""
@@ -45,6 +58,8 @@ class Fleet:
         charge: Callable[[int], float | None] = lambda _: None,
         on_round: Callable[[rounds.RoundReport], None] = lambda _: None,
         checkpoints: Checkpoints | None = None,
+        entropy: Keystream | None = None,
+        task: Blobs | None = None,
     ) -> rounds.Outcome:
         return rounds.run_rounds(
             self.grid,
@@ -53,10 +68,11 @@ class Fleet:
             hub_session(the_plan.privacy.mode, self.cohort.roster),
             charge,
             on_round,
-            parameters.flatten(Blobs().model(the_plan.seed)),
+            parameters.flatten((task or Blobs()).model(the_plan.seed)),
             run=run,
             checkpoints=checkpoints,
             clock=self.grid.clock,
+            entropy=entropy,
         )
 
 

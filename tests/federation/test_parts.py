@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import numpy as np
@@ -18,6 +19,7 @@ from atoll.federation import messages, parameters, plan, task, training
 from atoll.federation.errors import BadMessage, BadPlan, DataMissing, TaskMissing
 from atoll.federation.exchange import poll_delay
 from atoll.federation.flower import TlsFiles, superexec_command, superlink_command
+from atoll.privacy.update import Placement
 
 KINDS = (
     messages.SumAsk,
@@ -34,6 +36,7 @@ VALUES = {
     bytes: st.binary(max_size=50),
     int: st.integers(0, 2**62),
     float: st.floats(allow_nan=False),
+    Placement: st.sampled_from(get_args(Placement)),
 }
 
 
@@ -110,6 +113,33 @@ def test_a_plan_names_the_field_at_fault() -> None:
         plan.loads(text + "nonsense = 1\n")
     with pytest.raises(BadPlan, match="TOML"):
         plan.loads("=")
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ("cohort = { sampling_rate = 0 }", "sampling_rate"),
+        ("cohort = { sampling_rate = 1.5 }", "sampling_rate"),
+        ("cohort = { min_devices = 3 }\nprivacy = { colluders = 3 }", "nobody would be left"),
+        ("privacy = { colluders = -1 }", "colluders"),
+        ('training = { weighting = "capped" }', "weight_cap"),
+        ("training = { weight_cap = 9 }", "weight_cap"),
+        ("privacy = { rider_noise_multiplier = 2.0 }", "protects nothing"),
+        ("privacy = { noise_multiplier = 1.0, rider_noise_multiplier = 0 }", "rider_noise"),
+        ("privacy = { clip_quantile = 1 }", "clip_quantile"),
+        ('privacy = { noise = "local" }', "noise"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(section: str, says: str) -> None:
+    text = 'name = "p"\ntask = "t"\nmodel = "m"\n'
+    with pytest.raises(BadPlan, match=says):
+        plan.loads(text + section)
+
+
+def test_the_noise_of_riders_follows_the_updates() -> None:
+    assert plan.Privacy().rider_noise == 0
+    assert plan.Privacy(noise_multiplier=0.6).rider_noise == pytest.approx(3.0)
+    assert plan.Privacy(noise_multiplier=0.6, rider_noise_multiplier=2.0).rider_noise == 2.0
 
 
 def test_a_missing_task_names_the_remedy() -> None:

@@ -52,6 +52,23 @@ def test_an_encrypted_sum_of_one_is_refused():
         modes.check("he", alone, 100, 8)
 
 
+def test_colluders_do_not_lower_the_survivors_that_are_needed():
+    spec = UpdateSpec(clip_norm=1.0, bits=16, noise_multiplier=1.0, survivors=6, colluders=5)
+    assert spec.adders == 1
+    with pytest.raises(BadParameters, match="6 survivors"):
+        modes.check("plain", spec, 100, 5)
+    modes.check("he", spec, 100, 6)
+
+
+def test_the_hubs_noise_has_to_fit_on_top_of_the_sum():
+    shape = {"clip_norm": 1.0, "bits": 24, "noise_multiplier": 30.0, "survivors": 1}
+    central = UpdateSpec(**shape, placement="central")
+    most = (2**63 - 1 - central.tail) // central.bound
+    modes.check("plain", central, 100, most)
+    with pytest.raises(BadParameters, match="64 bits"):
+        modes.check("plain", central, 100, most + 1)
+
+
 def test_too_few_bits_for_the_model_are_refused():
     coarse = UpdateSpec(clip_norm=1.0, bits=6, noise_multiplier=0.0, survivors=2)
     with pytest.raises(BadParameters, match="raise bits"):

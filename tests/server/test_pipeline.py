@@ -17,7 +17,7 @@ from atoll.federation.errors import RoundFailed
 from atoll.fleet import bundle as bundles
 from atoll.fleet import profile as profiles
 from atoll.fleet import queries
-from atoll.privacy.ledger import MemoryStore
+from atoll.privacy.ledger import Gaussian, MemoryStore, Unnoised
 from atoll.server import pipeline
 from atoll.server.recording import MemoryRecorder
 from atoll.server.web_runs import STAGES
@@ -140,6 +140,58 @@ def test_a_budget_stops_the_rounds_and_what_was_trained_goes_on(tmp_path):
     assert 0 < result.facts["rounds"]["trained"] < 6
     assert result.facts["privacy"]["epsilon"] <= 8.0
     assert len(store.events("waves")) == result.facts["rounds"]["trained"]
+
+
+def test_a_round_is_charged_as_one_gaussian_riders_included():
+    assert pipeline.event_of(plan_of(), 8) == Unnoised()
+    assert pipeline.event_of(plan_of(noise=0.8), 8) == Gaussian(0.8)
+    riding = varied(
+        plan_of(noise=0.8),
+        training={"weighting": "capped", "weight_cap": 10},
+        privacy={"clip": "adaptive"},
+    )
+    event = pipeline.event_of(riding, 8)
+    assert event.sampling is None
+    assert event.noise_multiplier == pytest.approx((1 / 0.64 + 2 / 16) ** -0.5)
+
+
+def test_a_run_says_where_its_clipping_norm_went(tmp_path):
+    store = MemoryStore()
+    plan = varied(
+        plan_of(rounds=2, noise=0.01),
+        training={"weighting": "capped", "weight_cap": 100},
+        privacy={"clip": "adaptive"},
+    )
+    recorder = MemoryRecorder()
+    result = Fleet(tmp_path).run(plan, recorder, store=store)
+    norms = [report.clip_norm for report in recorder.rounds]
+    assert norms[0] == plan.privacy.clip_norm != norms[1]
+    assert result.facts["privacy"]["clip_norm"] == norms[1]
+    charged = [event["noise_multiplier"] for _, event in store.events("waves")]
+    assert charged == pytest.approx([0.01 / math.sqrt(1 + 2 / 25)] * 2)
+
+
+def test_sampling_is_charged_where_it_amplifies_alone():
+    central = varied(
+        plan_of(noise=0.8),
+        cohort={"sampling_rate": 0.1, "min_devices": 30},
+        privacy={"noise": "central"},
+    )
+    assert pipeline.event_of(central, 1000) == Gaussian(0.8, 0.1)
+    assert pipeline.event_of(central, 400) == Gaussian(0.8)
+    shared = varied(central, privacy={"noise": "distributed"})
+    assert pipeline.event_of(shared, 1000) == Gaussian(0.8)
+
+
+def varied(plan, **sections):
+    """Return the plan with fields of its sections replaced."""
+    return msgspec.structs.replace(
+        plan,
+        **{
+            name: msgspec.structs.replace(getattr(plan, name), **fields)
+            for name, fields in sections.items()
+        },
+    )
 
 
 def _lies(name, **changes):

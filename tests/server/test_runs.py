@@ -179,3 +179,25 @@ def test_a_run_is_approved_once(store: Store) -> None:
 def test_a_plan_for_a_task_that_is_not_installed_is_refused(store: Store) -> None:
     with store.begin() as connection, pytest.raises(BadInput, match="no task named 'x'"):
         runs.propose(connection, PLAN.replace("spar", "x"), actor="bob", now=1.0)
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ("[privacy]\nnoise_multiplier = 1.0\ndelta = 0.5\n", "one of 2 devices away"),
+        ("[privacy]\nnoise_multiplier = 0.1\nbits = 4\n", "raise bits"),
+        ("[privacy]\ncolluders = 2\n", "raise min_devices"),
+        ("[cohort]\nsampling_rate = 0.5\n", "raise sampling_rate"),
+    ],
+)
+def test_a_plan_that_promises_nothing_is_refused_when_it_is_proposed(
+    store: Store, runner: Runner, section: str, says: str
+) -> None:
+    with store.begin() as connection, pytest.raises(BadInput, match=says):
+        runs.propose(connection, PLAN + section, actor="bob", now=1.0)
+
+
+def test_a_fleet_that_is_not_there_yet_is_not_held_against_a_plan(store: Store) -> None:
+    plan = PLAN + "[cohort]\nsampling_rate = 0.5\n"
+    with store.begin() as connection:
+        runs.propose(connection, plan, actor="bob", now=1.0)

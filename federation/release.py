@@ -1,0 +1,97 @@
+"""What one round of a plan releases: how it is made private, and what may be claimed for it.
+
+The plan alone decides this, so hub, ledger and check ask here and cannot differ.
+"""
+
+import math
+from typing import Final
+
+from atoll.federation.plan import Plan
+from atoll.federation.riders import Riders
+from atoll.privacy.errors import BadParameters
+from atoll.privacy.update import UpdateSpec
+
+ABORT_SHARE: Final = 0.01
+"""The share of δ by which thrown-away rounds may exceed it in one run."""
+
+
+def update_spec(plan: Plan, clip_norm: float) -> UpdateSpec:
+    """Return how updates become integers; the noise holds for the least number of survivors."""
+    return UpdateSpec(
+        clip_norm=clip_norm,
+        bits=plan.privacy.bits,
+        noise_multiplier=plan.privacy.noise_multiplier,
+        survivors=plan.cohort.min_devices,
+        colluders=plan.privacy.colluders,
+        placement=plan.privacy.noise,
+        riders=Riders.of(plan).count,
+        rider_noise_multiplier=plan.privacy.rider_noise,
+    )
+
+
+def amplification(plan: Plan, trainers: int) -> float | None:
+    """Return the sampling probability that the ledger may count on, or none.
+
+    Poisson sampling lowers ε as far as the release does not tell how many took part. Three
+    things would tell: a mean over the number of survivors, so it is taken over the expected
+    ``q·trainers`` (:func:`devices`); the width of distributed noise, which grows with every
+    device in the sum and can be read off thousands of coordinates, so only central noise
+    counts; and a round that is thrown away.
+
+    The last cannot be hidden. A device's presence shows when exactly ``min_devices - 1`` others
+    were drawn, and then its round costs what it would without sampling: over all rounds δ
+    grows by at most rounds·q·P(Bin(trainers - 1, q) = min_devices - 1). Amplification is
+    claimed while that is below :data:`ABORT_SHARE` of δ, so with ``min_devices`` some standard
+    deviations below the expected cohort; in a small fleet, never. It is taken for granted that
+    who is connected and who drops out has nothing to do with who was drawn, and that nearly
+    all drawn are there.
+    """
+    rate, privacy = plan.cohort.sampling_rate, plan.privacy
+    if rate is None or rate == 1 or privacy.noise != "central" or not privacy.noise_multiplier:
+        return None
+    edge = rate * _binomial(trainers - 1, plan.cohort.min_devices - 1, rate)
+    return rate if plan.rounds * edge <= ABORT_SHARE * privacy.delta else None
+
+
+def devices(plan: Plan, trainers: int, survivors: int) -> float:
+    """Return the number of devices over which a round's means are taken.
+
+    The survivors, or their expected number where the real one must not show.
+    """
+    rate = amplification(plan, trainers)
+    return survivors if rate is None else rate * trainers
+
+
+def check(plan: Plan) -> None:
+    """Raise :class:`BadParameters` for noise that cannot be drawn or that adds up to nothing."""
+    update_spec(plan, plan.privacy.clip_norm)
+
+
+def check_population(plan: Plan, trainers: int) -> None:
+    """Raise :class:`BadParameters` for what promises nothing to a fleet of ``trainers``."""
+    delta, rate = plan.privacy.delta, plan.cohort.sampling_rate
+    if plan.privacy.noise_multiplier and delta * trainers >= 1:
+        raise BadParameters(
+            f"privacy.delta = {delta:g} allows to give one of {trainers} devices away in full; "
+            f"set it well below {1 / trainers:.1g}"
+        )
+    if rate is not None and rate * trainers < plan.cohort.min_devices:
+        raise BadParameters(
+            f"cohort.sampling_rate = {rate:g} draws {rate * trainers:.3g} of {trainers} trainers "
+            f"on average and a round needs {plan.cohort.min_devices}: most would be thrown away; "
+            "raise sampling_rate or lower min_devices"
+        )
+
+
+def _binomial(trials: int, successes: int, rate: float) -> float:
+    """Return P(Bin(trials, rate) = successes) for 0 < rate < 1."""
+    if not 0 <= successes <= trials:
+        return 0.0
+    logarithm = (
+        math.lgamma(trials + 1)
+        - math.lgamma(successes + 1)
+        - math.lgamma(trials - successes + 1)
+        + successes * math.log(rate)
+        + (trials - successes) * math.log1p(-rate)
+    )
+    return math.exp(logarithm)
