@@ -35,7 +35,7 @@ from atoll.edge_agent.outbox import Outbox
 from atoll.edge_agent.parent import Parent
 from atoll.edge_agent.paths import Paths
 from atoll.edge_agent.protocol import BadRequest, answer, describe, parse
-from atoll.edge_agent.watching import Latencies, Watch
+from atoll.edge_agent.watching import Latencies, Watch, packing
 from atoll.fleet.errors import FleetError
 from atoll.fleet.wire import Window
 
@@ -209,6 +209,7 @@ class _Program:
             release.model,
             release.number,
             ready.profile,
+            packing(ready.manifest.telemetry_noise, ready.profile),
             self._enqueue,
             time.time,
             self._rows,

@@ -126,6 +126,8 @@ class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
     budget_epsilon: PositiveFloat | None = None
     """Refuse rounds past this ε; none records without refusing."""
+    telemetry_noise: NonNegativeFloat = 0.0
+    """The noise multiplier of what devices that serve the model count, per served row; 0 is off."""
 
     def __post_init__(self) -> None:
         """Refuse noise on riders where the update has none."""

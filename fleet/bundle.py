@@ -58,7 +58,12 @@ class FileDigest(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a bundle is. ``created`` is in Unix seconds; ``metrics`` are the run's, by name."""
+    """What a bundle is. ``created`` is in Unix seconds; ``metrics`` are the run's, by name.
+
+    ``telemetry_noise`` is σ of the noise that a device adds to the counts of what it serves,
+    over what one served row can change them by (L2); 0 ships them as they are. It stands here,
+    signed, so that no hub can have a device ship exact counts of a release that hides them.
+    """
 
     model: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
     task: str
@@ -70,6 +75,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     channels: tuple[str, ...]
     metrics: dict[str, float] = {}
     files: dict[str, FileDigest] = {}
+    telemetry_noise: Annotated[float, Meta(ge=0)] = 0.0
 
     def encode(self) -> bytes:
         """Return the manifest as indented JSON, as in ``manifest.json``."""

@@ -12,6 +12,12 @@ overlap by half); sizes are scaled by it before anything is judged: the first-or
 of Rao and Scott, "The analysis of categorical data from complex sample surveys", JASA 76
 (1981), with 1/``effective`` as the design effect.
 
+**Noise.** Counts may carry noise of a known σ (:mod:`atoll.fleet.samples`). Its variance joins
+the sampling's in every threshold, sizes are in rows' worth, and the test of homogeneity weighs
+each bin by the variance of both together (Kifer and Rogers, "A New Class of Private Chi-Square
+Hypothesis Tests", AISTATS 2017), which is Pearson's where there is no noise. Where noise drowns
+the counts the state is ``too-few-rows``, never ``stable``.
+
 **Drift** is a change both significant and large: at a sufficient size everything is
 significant. Size is PSI less what it is expected to be without any change.
 
@@ -19,22 +25,20 @@ significant. Size is PSI less what it is expected to be without any change.
 windows it served under a release; against the population's reference for information alone.
 """
 
-from collections.abc import Mapping
 from math import log, sqrt
 from statistics import NormalDist
 from typing import Final, Literal, NamedTuple
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from atoll.fleet.chisquare import critical, survival
 from atoll.fleet.counts import Counts
 from atoll.fleet.errors import BadProfile
 from atoll.fleet.profile import Profile
+from atoll.fleet.samples import Sample, Scaled, Tally, join, shares
 
 State = Literal["too-few-rows", "stable", "drifted"]
-Scaled = npt.NDArray[np.float64]
 Numbers = Counts | Scaled
 """Counts, or counts scaled to their effective size; ``(bins,)``, not negative."""
 
@@ -43,15 +47,13 @@ ALPHA: Final = 0.001
 MIN_EFFECT: Final = 0.25
 """PSI that counts as large (Siddiqi, "Credit Risk Scorecards", 2006: a major shift)."""
 MIN_ROWS: Final = 20
-"""Effective rows below which nothing is judged."""
-MIN_EXPECTED: Final = 5.0
-"""Cochran's rule for chi-square: expect no fewer in a bin."""
+"""Effective rows' worth below which nothing is judged."""
 
 _SMOOTHING: Final = 0.5
 
 
 class Chi2(NamedTuple):
-    """Pearson's two-sample statistic, its degrees of freedom and its p-value."""
+    """The two-sample statistic of homogeneity, its degrees of freedom and its p-value."""
 
     statistic: float
     degrees: int
@@ -64,7 +66,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     ``statistics`` and ``thresholds`` have the same keys (``psi``, ``js``, ``ks``,
     ``wasserstein``, ``chi2``); each threshold alone keeps the rate of false alarms, but for
     that of ``js``, which at a few rows a bin lets up to three times as many pass. ``effect``
-    is the size of the change. ``score`` is at least 1 exactly if ``drifted``.
+    is the size of the change. ``score`` is at least 1 exactly if ``drifted``. PSI and JS are
+    those of the counts above zero.
     """
 
     state: State
@@ -76,13 +79,17 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceVerdict(msgspec.Struct, frozen=True, kw_only=True):
-    """How a device stands against its own baseline, and (for information) its population."""
+    """How a device stands against its own baseline, and (for information) its population.
+
+    ``rows`` are the current ones and ``noise`` is σ of the noise on each of their counts.
+    """
 
     state: State
     rows: int
     score: float
     variables: dict[str, Verdict]
     population: dict[str, Verdict]
+    noise: float = 0.0
 
     @property
     def drifted(self) -> tuple[str, ...]:
@@ -128,85 +135,75 @@ def wasserstein(reference: Numbers, window: Numbers) -> float:
     return float(np.abs(_ahead(reference, window)).sum())
 
 
-def chi2(reference: Numbers, window: Numbers) -> Chi2:
-    """Test homogeneity of two samples (Pearson), bins empty on both sides left out."""
-    n, m = float(reference.sum()), float(window.sum())
-    p, q = _shares(reference), _shares(window)
-    pooled = (_float(reference) + _float(window)) / (n + m)
-    used = pooled > 0
-    statistic = n * m / (n + m) * float(np.sum((p - q)[used] ** 2 / pooled[used]))
+def chi2(reference: Sample, window: Sample) -> Chi2:
+    """Test homogeneity of two samples, bins empty on both sides left out.
+
+    Without noise this is Pearson's statistic. With it, the shares' differences d have under
+    homogeneity the covariance ``spread`` · (diag p - ppᵀ) + diag t - ttᵀ/Σt, where t is the
+    variance of their noise (less what :meth:`Sample.of` took off); the statistic is dᵀC⁻d,
+    worked out by the formula of Sherman and Morrison.
+    """
+    n, m = reference.rows, window.rows
+    apart = _shares(reference.counts) - _shares(window.counts)
+    noise = _noise(reference, window)
+    variance = (1 / n + 1 / m) * shares(reference, window) + noise
+    used = variance > 0
+    apart, noise, variance = apart[used], noise[used], variance[used]
+    statistic = float(np.sum(apart**2 / variance))
+    if noise.any():
+        left = float(noise.sum() - np.sum(noise**2 / variance))
+        statistic += float(np.sum(noise * apart / variance)) ** 2 / left
     degrees = int(used.sum()) - 1
     return Chi2(statistic, degrees, survival(statistic, degrees))
 
 
-def coarsen(
-    reference: Numbers, window: Numbers, minimum: float = MIN_EXPECTED
-) -> tuple[Scaled, Scaled]:
-    """Join adjacent bins until each is expected to hold ``minimum`` rows on both sides.
-
-    Expectation is by the pooled counts, in which both sides look alike, so joining favours
-    neither. Returns both vectors over the joined bins, at least one.
-    """
-    pooled = _float(reference) + _float(window)
-    total = float(pooled.sum())
-    smaller = min(float(reference.sum()), float(window.sum()))
-    needed = minimum * total / smaller if smaller else float("inf")
-    starts, held = [0], 0.0
-    for index, count in enumerate(pooled.tolist()):
-        if held >= needed:
-            starts.append(index)
-            held = 0.0
-        held += count
-    if held < needed and len(starts) > 1:
-        starts.pop()  # too little is left for a bin of its own
-    return (
-        np.add.reduceat(_float(reference), starts),
-        np.add.reduceat(_float(window), starts),
-    )
-
-
 def assess(
-    reference: Counts,
-    window: Counts,
+    reference: Sample,
+    window: Sample,
     alpha: float = ALPHA,
     min_effect: float = MIN_EFFECT,
     *,
     effective: float = 1.0,
     min_rows: int = MIN_ROWS,
 ) -> Verdict:
-    """Judge one variable; the last bin of both vectors is that of missing values.
+    """Judge one variable; the last bin of both samples is that of missing values.
 
     ``alpha`` is the rate of false alarms, ``effective`` the share of rows worth an independent
-    one. Raises :class:`BadProfile` when the vectors do not fit each other, and
+    one. Raises :class:`BadProfile` when the samples do not fit each other, and
     :class:`ValueError` for an ``alpha`` or ``effective`` outside (0, 1].
     """
-    if reference.shape != window.shape or reference.ndim != 1:
-        raise BadProfile(f"counts of {reference.shape} and {window.shape} bins do not compare")
+    bins = reference.counts.shape, window.counts.shape
+    if bins[0] != bins[1] or len(bins[0]) != 1:
+        raise BadProfile(f"counts of {bins[0]} and {bins[1]} bins do not compare")
     if not 0 < effective <= 1:
         raise ValueError(f"the effective share of rows lies between 0 and 1, not at {effective}")
-    before, after = _float(reference) * effective, _float(window) * effective
-    n, m = float(before.sum()), float(after.sum())
-    if min(n, m) < max(min_rows, 1):
+    before, after = reference.scaled(effective), window.scaled(effective)
+    if min(before.worth, after.worth) < max(min_rows, 1):
         return Verdict(state="too-few-rows")
-    joined = _join(before, after)
+    joined = join(before, after)
     found = chi2(*joined)
-    spread = 1 / n + 1 / m
+    spread = 1 / before.rows + 1 / after.rows
     limit = critical(alpha, found.degrees)
+    least = 1 / (before.rows + after.rows)
+    common = np.maximum(shares(*joined), least)  # no bin is emptier than one row makes it
+    noise = _noise(*joined)
+    widest = float((spread + noise / common).max())
     statistics = {
-        "psi": psi(*joined),
-        "js": js(*joined),
-        "ks": ks(before, after),
-        "wasserstein": wasserstein(before, after),
+        "psi": psi(joined[0].positive, joined[1].positive),
+        "js": js(joined[0].positive, joined[1].positive),
+        "ks": ks(before.counts, after.counts),
+        "wasserstein": wasserstein(before.counts, after.counts),
         "chi2": found.statistic,
     }
     thresholds = {
-        "psi": limit * spread,
-        "js": limit * spread / (8 * log(2)),
-        "ks": sqrt(log(2 / alpha) / 2 * spread),
-        "wasserstein": _wasserstein_limit(before + after, spread, alpha),
+        "psi": limit * widest,
+        "js": limit * widest / (8 * log(2)),
+        "ks": sqrt(log(2 / alpha) / 2 * (1 / before.worth + 1 / after.worth)),
+        "wasserstein": _wasserstein_limit(before, after, alpha),
         "chi2": limit,
     }
-    effect = max(0.0, statistics["psi"] - found.degrees * spread)
+    unchanged = found.degrees * spread + float(np.sum(_centred(noise) / common))
+    effect = max(0.0, statistics["psi"] - unchanged)
     size = effect / min_effect if min_effect > 0 else float("inf")
     score = min(found.statistic / limit, size) if limit else 0.0
     return Verdict(
@@ -221,8 +218,8 @@ def assess(
 
 def assess_device(
     profile: Profile,
-    baseline: Mapping[str, Counts] | None,
-    current: Mapping[str, Counts],
+    baseline: Tally | None,
+    current: Tally,
     alpha: float = ALPHA,
     min_effect: float = MIN_EFFECT,
     *,
@@ -232,15 +229,16 @@ def assess_device(
     """Judge a device by all variables of its release's profile.
 
     ``alpha`` is shared among them (Bonferroni). Without a baseline the state is
-    ``too-few-rows``. Raises :class:`BadProfile` for counts that are not in the profile's bins.
+    ``too-few-rows``, and so it is while noise drowns a variable and no other has drifted.
+    Raises :class:`BadProfile` for counts that are not in the profile's bins.
     """
     share = alpha / len(profile.variables)
 
-    def against(reference: Mapping[str, Counts]) -> dict[str, Verdict]:
+    def against(reference: Tally) -> dict[str, Verdict]:
         return {
             name: assess(
-                reference[name],
-                current[name],
+                reference.sample(name),
+                current.sample(name),
                 share,
                 min_effect,
                 effective=effective,
@@ -249,19 +247,20 @@ def assess_device(
             for name in profile.variables
         }
 
-    for counts in (current, current if baseline is None else baseline):
-        bins = {name: vector.size for name, vector in counts.items()}
+    for tally in (current, current if baseline is None else baseline):
+        bins = {name: vector.size for name, vector in tally.counts.items()}
         if bins != profile.bins:
             raise BadProfile("counts are not in the bins of the release's profile")
     own = against(baseline) if baseline is not None else {}
     states = {verdict.state for verdict in own.values()}
-    state: State = "stable" if "stable" in states else "too-few-rows"
+    state: State = "stable" if states == {"stable"} else "too-few-rows"
     return DeviceVerdict(
         state="drifted" if "drifted" in states else state,
-        rows=int(next(iter(current.values())).sum()),
+        rows=current.rows,
         score=max((verdict.score for verdict in own.values()), default=0.0),
         variables=own,
-        population=against(profile.reference()),
+        population=against(Tally(profile.reference(), profile.rows)),
+        noise=current.noise,
     )
 
 
@@ -281,30 +280,32 @@ def _ahead(reference: Numbers, window: Numbers) -> Scaled:
     return np.cumsum(_shares(reference)) - np.cumsum(_shares(window))
 
 
-def _join(before: Scaled, after: Scaled) -> tuple[Scaled, Scaled]:
-    """Coarsen, and keep missing values apart where they are many enough to be a bin."""
-    n, m = float(before.sum()), float(after.sum())
-    if (before[-1] + after[-1]) * min(n, m) / (n + m) < MIN_EXPECTED or len(before) == 1:
-        return coarsen(before, after)
-    if not (before[:-1].any() and after[:-1].any()):
-        return _ends(before), _ends(after)
-    left = coarsen(before[:-1], after[:-1])
-    return np.append(left[0], before[-1]), np.append(left[1], after[-1])
+def _noise(reference: Sample, window: Sample) -> Scaled:
+    """Return the variance that noise has in the difference of each bin's shares."""
+    return reference.noise / reference.rows**2 + window.noise / window.rows**2
 
 
-def _ends(counts: Scaled) -> Scaled:
-    return np.array([counts[:-1].sum(), counts[-1]])
+def _centred(noise: Scaled) -> Scaled:
+    """Return the variances of independent ``noise`` whose sum is known, and taken off."""
+    total = float(noise.sum())
+    return noise - noise**2 / total if total else noise
 
 
-def _wasserstein_limit(pooled: Scaled, spread: float, alpha: float) -> float:
+def _wasserstein_limit(reference: Sample, window: Sample, alpha: float) -> float:
     """Return a bound that the distance in bins exceeds with at most probability ``alpha``.
 
-    The distance is Σ|D| over the edges, each D about normal with variance P(1-P) · ``spread``.
-    Whatever their dependence, the sum's quantile is at most its expected shortfall, and that
-    at most the one of fully dependent terms (McNeil, Frey, Embrechts, "Quantitative Risk
-    Management", 2015, §8.4.4), which for half-normals is 2φ(z)/α · Σσ with z at 1 - α/2.
+    The distance is Σ|D| over the edges, each D about normal, with variance P(1-P) · ``spread``
+    and that of the noise so far. Whatever their dependence, the sum's quantile is at most its
+    expected shortfall, and that at most the one of fully dependent terms (McNeil, Frey,
+    Embrechts, "Quantitative Risk Management", 2015, §8.4.4), which for half-normals is
+    2φ(z)/α · Σσ with z at 1 - α/2.
     """
-    upto = np.clip(np.cumsum(_shares(pooled)), 0, 1)
-    sigmas = np.sqrt(upto * (1 - upto) * spread)
+    spread = 1 / reference.rows + 1 / window.rows
+    upto = np.clip(np.cumsum(shares(reference, window)), 0, 1)
+    noise = _noise(reference, window)
+    so_far = np.cumsum(noise)
+    total = float(noise.sum())
+    walked = so_far * np.maximum(1 - so_far / total, 0) if total else so_far
+    sigmas = np.sqrt(upto * (1 - upto) * spread + walked)
     normal = NormalDist()
     return float(sigmas.sum() * 2 * normal.pdf(normal.inv_cdf(1 - alpha / 2)) / alpha)

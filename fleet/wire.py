@@ -27,6 +27,8 @@ Rows = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 ReleaseNumber = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 Milliseconds = Annotated[float, Meta(ge=0, le=1e12)]
+Sigma = Annotated[float, Meta(ge=0, le=2**29)]
+"""A standard deviation of noise, past the largest that can be drawn."""
 Text = Annotated[str, Meta(pattern=r"^[^\x00]*\Z")]
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
 """A model's name."""
@@ -73,8 +75,12 @@ class Window(_Wire, frozen=True, kw_only=True, tag="window"):
     """Counts of one serving window, in the bins of the release's reference profile.
 
     ``counts`` maps a profile variable (feature or output) to its bin counts, packed by
-    :func:`atoll.fleet.profile.pack_counts`. ``start`` and ``end`` are device-clock Unix
+    :func:`atoll.fleet.counts.pack_counts`. ``start`` and ``end`` are device-clock Unix
     seconds; ``rows`` is the number of examples counted.
+
+    ``noise`` is σ of the noise on each count; where it is not 0 the counts may be negative and
+    are packed by :func:`atoll.fleet.counts.pack_signed`. A hub that does not know ``noise``
+    cannot unpack them and leaves the window out.
     """
 
     model: Name
@@ -83,6 +89,7 @@ class Window(_Wire, frozen=True, kw_only=True, tag="window"):
     end: Seconds
     rows: Rows
     counts: dict[Text, bytes]
+    noise: Sigma = 0.0
 
 
 class Health(_Wire, frozen=True, kw_only=True, tag="health"):

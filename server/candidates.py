@@ -93,6 +93,7 @@ def write(
         classes=task.classes,
         channels=task.channels,
         metrics=_numbers(facts),
+        telemetry_noise=plan.privacy.telemetry_noise,
     )
     return bundles.write(
         out,
@@ -117,6 +118,11 @@ def card(
     ]
     spent = facts["privacy"].get("epsilon")
     epsilon = "no noise was added, so there is no ε" if spent is None else f"ε = {spent:,.1f}"
+    counted = (
+        f"with Gaussian noise of {privacy.telemetry_noise:g} times what one served row changes"
+        if privacy.telemetry_noise
+        else "without noise"
+    )
     gates = [f"- {verdict.name}: passed, by `{verdict.rule}`" for verdict in verdicts]
     return "\n".join(
         [
@@ -141,6 +147,8 @@ def card(
                 f"δ = {privacy.delta:g}. ε speaks of the trained model alone: evaluation counts, "
                 "activation ranges and the reference profile are sums over devices, without noise."
             ),
+            "",
+            f"A device that serves the model counts what it serves and ships the counts {counted}.",
             "",
             "## Accuracy on held-back data of the devices",
             "| devices | float | int8 (shipped) | examples |",

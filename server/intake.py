@@ -198,6 +198,7 @@ def _window(connection: Connection, device: str, message: int, body: Window, now
             end=body.end,
             rows=body.rows,
             counts=msgspec.msgpack.encode(body.counts),
+            noise=body.noise,
         )
     )
 

@@ -3,6 +3,11 @@
 A rollout is started and undone by a person, and moved on by the scheduler's :func:`tick`. All
 of them write what is wanted into the twins (:func:`atoll.server.desired.want`); nothing here
 talks to a device.
+
+A device that serves a release ships counts of what it serves, so before the first device is
+told of one, the model's ledger is charged for them. A served row lies in one window of one
+device, so each pays for one release of the noise that the signed manifest names, whatever the
+number of windows and devices: one charge for each release, in the unit of a row.
 """
 
 import logging
@@ -15,8 +20,10 @@ from sqlalchemy import Connection, RowMapping, insert, select, update
 from atoll.fleet import rollout as rules
 from atoll.fleet.rollout import Decision, Rollout, Twin
 from atoll.fleet.wire import Desired, Reported
+from atoll.privacy.ledger import Gaussian, Ledger, Unnoised
 from atoll.server import audit, desired
 from atoll.server.errors import BadInput, Conflict, NotFound
+from atoll.server.ledger_store import SqlLedgerStore
 from atoll.server.schema import alerts, devices, releases, rollouts, twins
 from atoll.server.store import Store
 
@@ -24,6 +31,9 @@ log = logging.getLogger(__name__)
 
 SCHEDULER: Final = "scheduler"
 """Who the audit log names when the rules moved a rollout on."""
+
+_DELTA: Final = 1e-5
+"""At which the ledger answers a charge with what is spent; nobody asks here."""
 
 
 def start(
@@ -122,25 +132,55 @@ def roll_back(connection: Connection, model: str, *, actor: str, now: float, rea
 
 
 def tick(store: Store, now: float) -> list[int]:
-    """Move every running rollout on by what the devices reported; return those that changed."""
+    """Move every running rollout on by what the devices reported; return those that changed.
+
+    The telemetry of a release is charged before it is told to anybody, and so is that of the
+    release to which its devices may have to go back.
+    """
     running = select(rollouts).where(rollouts.c.state.in_(sorted(rules.RUNNING)))
     with store.read() as connection:
         rows = connection.execute(running).mappings().all()
-        moves = any(
-            _moves(held, rules.step(held, _twins(connection, held)))
-            for held in (_read(connection, row) for row in rows)
-        )
-    if not moves:
+        moving = {
+            int(row["id"]): _noises(connection, held)
+            for row, held in ((row, _read(connection, row)) for row in rows)
+            if _moves(held, rules.step(held, _twins(connection, held)))
+        }
+    if not moving:
         return []
+    for row in rows:
+        for release, noise in moving.get(int(row["id"]), {}).items():
+            charge_telemetry(store, row["model"], release, noise, now)
     changed = []
     with store.begin() as connection:
-        for row in connection.execute(running).mappings().all():
+        for row in connection.execute(running.where(rollouts.c.id.in_(moving))).mappings().all():
             held = _read(connection, row)
             decision = rules.step(held, _twins(connection, held))
             if _moves(held, decision):
                 _apply(connection, row, decision, SCHEDULER, now)
                 changed.append(int(row["id"]))
     return changed
+
+
+def charge_telemetry(store: Store, model: str, release: int, noise: float, now: float) -> None:
+    """Charge the model's ledger for the counts of a release's devices, once for all of them.
+
+    ``noise`` is the manifest's ``telemetry_noise``. Nothing is refused: the ledger says
+    what a release promises to the rows it is served.
+    """
+    ledger = Ledger(SqlLedgerStore(store, lambda: now), model, None, _DELTA)
+    ledger.charge(f"telemetry/{model}/{release}", Gaussian(noise) if noise else Unnoised())
+
+
+def _noises(connection: Connection, held: Rollout) -> dict[int, float]:
+    """Return the ``telemetry_noise`` of the releases that a rollout may tell devices of."""
+    told = [release for release in (held.release, held.fallback) if release is not None]
+    query = select(releases.c.release, releases.c.manifest).where(
+        releases.c.model == held.model, releases.c.release.in_(told)
+    )
+    return {
+        row.release: float(row.manifest.get("telemetry_noise", 0.0))
+        for row in connection.execute(query)
+    }
 
 
 def _moves(held: Rollout, decision: Decision) -> bool:

@@ -118,6 +118,7 @@ windows = Table(
     Column("end", Float, nullable=False),
     Column("rows", Integer, nullable=False),
     Column("counts", LargeBinary, nullable=False),  # MessagePack of Window.counts
+    Column("noise", Float, nullable=False, server_default="0"),  # σ of the noise on each count
     Index("windows_by_release", "model", "release", "device", "received_at"),
 )
 

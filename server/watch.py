@@ -14,10 +14,11 @@ from typing import Final
 import msgspec
 from sqlalchemy import Connection, delete, func, insert, select, update
 
-from atoll.fleet.counts import unpack_all
+from atoll.fleet.counts import unpack_all, unpack_all_signed
 from atoll.fleet.drift import DeviceVerdict
 from atoll.fleet.errors import BadProfile
 from atoll.fleet.profile import Profile
+from atoll.fleet.samples import Tally
 from atoll.server import audit, runs, schema
 from atoll.server.errors import BadInput
 from atoll.server.store import Store
@@ -147,7 +148,7 @@ def _windows(
     connection: Connection, serving: Serving, profile: Profile, *, newest_first: bool
 ) -> Iterator[Counted]:
     w = schema.windows.c
-    query = select(w.message, w.rows, w.counts).where(
+    query = select(w.message, w.rows, w.noise, w.counts).where(
         w.model == serving.model, w.release == serving.release, w.device == serving.device
     )
     if newest_first:
@@ -156,14 +157,13 @@ def _windows(
         query = query.order_by(w.received_at, w.message)
     rows = connection.execute(query, execution_options={"yield_per": 32})
     with rows:
-        for message, count, packed in rows:
+        for message, count, noise, packed in rows:
+            unpack = unpack_all_signed if noise else unpack_all
             try:
-                counts = unpack_all(
-                    msgspec.msgpack.decode(packed, type=dict[str, bytes]), profile.bins
-                )
+                counts = unpack(msgspec.msgpack.decode(packed, type=dict[str, bytes]), profile.bins)
             except (BadProfile, msgspec.DecodeError):
                 continue  # a device's mistake must not stop the watch over it
-            yield Counted(message, count, counts)
+            yield Counted(message, Tally(counts, count, noise))
 
 
 def _write_drift(
@@ -189,8 +189,9 @@ def _write_drift(
             score=verdict.score,
             detail={
                 "upto": upto,
-                "baseline_rows": compared.baseline_rows,
-                "current_rows": compared.current_rows,
+                "baseline_rows": compared.baseline.rows,
+                "current_rows": compared.current.rows,
+                "noise": verdict.noise,
                 "variables": msgspec.to_builtins(verdict.variables),
                 "population": msgspec.to_builtins(verdict.population),
             },

@@ -1,20 +1,25 @@
 """How a device is watched, as pure rules: what is compared, how it is judged, what follows.
 
 A device is compared with itself: the first :attr:`Rules.baseline_rows` rows that it served
-under a release against its latest :attr:`Rules.current_rows`. :mod:`atoll.server.watch` reads
-and writes the tables around these rules.
+under a release against its latest :attr:`Rules.current_rows`. Where counts carry noise, rows'
+worth is meant (:mod:`atoll.fleet.samples`), so more of them are read. :mod:`atoll.server.watch`
+reads and writes the tables around these rules.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import Final, Literal, NamedTuple
 
-from atoll.fleet.counts import Counts, merge
 from atoll.fleet.drift import ALPHA, MIN_EFFECT, MIN_ROWS, DeviceVerdict, State, assess_device
 from atoll.fleet.profile import Profile
+from atoll.fleet.samples import Tally
 
 NAMED: Final = 3
 """How many drifted variables an alert names."""
+WINDOWS: Final = 1000
+"""Windows read for one side at most, unless rules ask for more rows: noise that leaves so many
+of them too few drowns what there was to see."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +48,18 @@ class Serving(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """A window as counted: its message, its rows and its counts by variable."""
+    """A window as counted: its message and what it counts."""
 
     message: int
-    rows: int
-    counts: Mapping[str, Counts]
+    tally: Tally
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
     """What is compared. ``current`` is empty until windows come after a full baseline."""
 
-    baseline: Mapping[str, Counts]
-    current: Mapping[str, Counts]
-    baseline_rows: int
-    current_rows: int
+    baseline: Tally
+    current: Tally
 
 
 Action = Literal["open", "close", "nothing"]
@@ -69,34 +71,40 @@ def split(oldest: Iterable[Counted], newest: Iterable[Counted], rules: Rules) ->
     ``oldest`` and ``newest`` are the same windows in and against the order of arrival; both
     are read no further than is needed. No window counts for both.
     """
-    baseline: Mapping[str, Counts] = {}
-    before, last = 0, -1
-    for window in oldest:
-        baseline = merge(baseline, window.counts)
-        before += window.rows
+    baseline, last = _gather(oldest, rules.baseline_rows)
+    if baseline.worth < rules.baseline_rows:
+        return Split(baseline, Tally())
+    after = takewhile(lambda window: window.message > last, newest)
+    return Split(baseline, _gather(after, rules.current_rows)[0])
+
+
+def _gather(windows: Iterable[Counted], wanted: int) -> tuple[Tally, int]:
+    """Merge windows until they are worth ``wanted`` rows; return them and the last one's message.
+
+    A window whose noise would take more than its rows bring is left out. What decides that, its
+    number of rows and its σ, says nothing of what it counted.
+    """
+    held, last = Tally(), -1
+    for window in islice(windows, max(WINDOWS, wanted)):
+        together = held.merge(window.tally)
+        if together.worth >= held.worth:
+            held = together
         last = window.message
-        if before >= rules.baseline_rows:
+        if held.worth >= wanted:
             break
-    current: Mapping[str, Counts] = {}
-    now = 0
-    if before >= rules.baseline_rows:
-        for window in newest:
-            if window.message <= last or now >= rules.current_rows:
-                break
-            current = merge(current, window.counts)
-            now += window.rows
-    return Split(baseline, current, before, now)
+    return held, last
 
 
 def judge(profile: Profile, compared: Split, rules: Rules) -> DeviceVerdict:
     """Judge a device; without current windows the state is ``too-few-rows``."""
-    if not compared.current_rows:
+    if not compared.current.rows:
         return DeviceVerdict(
             state="too-few-rows",
-            rows=compared.baseline_rows,
+            rows=compared.baseline.rows,
             score=0.0,
             variables={},
             population={},
+            noise=compared.baseline.noise,
         )
     return assess_device(
         profile,

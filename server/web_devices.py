@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final
 
+import numpy as np
 from sqlalchemy import Connection, select
 
 from atoll.fleet.profile import OUTPUT_CLASS
@@ -156,16 +157,17 @@ def _histograms(
     serving = Serving(row["id"], row["model"], row["release"])
     compared = compared_windows(connection, serving, profile, rules)
     verdicts: Mapping[str, Mapping[str, Any]] = drift["detail"].get("variables", {})
-    reference = profile.reference()
+    reference, before, current = profile.reference(), compared.baseline, compared.current
     found = []
     for name in profile.variables:
         shown = [
             ("reference", "everyone", reference[name]),
-            ("before", f"its first {compared.baseline_rows} rows", compared.baseline.get(name)),
-            ("current", f"its last {compared.current_rows} rows", compared.current.get(name)),
+            ("before", f"its first {before.rows} rows", before.counts.get(name)),
+            ("current", f"its last {current.rows} rows", current.counts.get(name)),
         ]
         drawings = [(kind, words, vector) for kind, words, vector in shown if vector is not None]
-        heights = bars([vector.tolist() for _, _, vector in drawings])
+        # Noise takes some counts below zero, where a bar has no room.
+        heights = bars([np.maximum(vector, 0).tolist() for _, _, vector in drawings])
         verdict = verdicts.get(name, {})
         found.append(
             {

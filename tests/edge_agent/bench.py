@@ -87,7 +87,11 @@ def logits(x: np.ndarray, seed: int) -> np.ndarray:
 
 
 def write_bundle(
-    directory: Path, seed: int = 1, model: str = "gait", golden_error: float = 0.0
+    directory: Path,
+    seed: int = 1,
+    model: str = "gait",
+    golden_error: float = 0.0,
+    telemetry_noise: float = 0.0,
 ) -> bundle.Manifest:
     spec = FeatureSpec(kind="channel-stats", channels=CHANNELS)
     edges = dict.fromkeys(spec.names, (-1.0, -0.5, 0.0, 0.5, 1.0))
@@ -102,6 +106,7 @@ def write_bundle(
         output=bundle.Output("logits"),
         classes=CLASSES,
         channels=CHANNELS,
+        telemetry_noise=telemetry_noise,
     )
     contents = {
         bundle.MODEL: onnx_model(seed),

@@ -45,7 +45,10 @@ def test_the_control_process_imports_nothing_heavy():
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("atoll.edge_agent.serving", {"torch", "flwr", "fastapi", "scipy", "tuf", "paho"}),
+        (
+            "atoll.edge_agent.serving",
+            {"torch", "flwr", "fastapi", "scipy", "tuf", "paho", "cryptography"},
+        ),
         ("atoll.edge_agent.updates", {"torch", "flwr", "fastapi", "scipy", "onnxruntime"}),
         ("atoll.edge_agent.renew", {"torch", "flwr", "fastapi", "scipy", "onnxruntime", "tuf"}),
         ("atoll.edge_agent.cli", {"torch", "flwr", "fastapi", "scipy", "onnxruntime"}),
@@ -54,3 +57,12 @@ def test_the_control_process_imports_nothing_heavy():
 def test_only_the_trainer_needs_torch_and_flwr(module, absent):
     tops, _ = imported(module)
     assert not tops & absent
+
+
+def test_noise_on_counts_needs_numpy_and_cryptography_alone():
+    before, _ = imported("atoll.edge_agent.serving")
+    after, _ = imported("atoll.edge_agent.serving, atoll.privacy.noise")
+    assert "cryptography" in after
+    assert not after & {"torch", "flwr", "scipy", "dp_accounting", "tenseal", "opacus", "msgpack"}
+    named = {name for name in after - before if not name.startswith("_")}
+    assert named <= {"cryptography"} | set(sys.stdlib_module_names)

@@ -20,7 +20,9 @@ from atoll.edge_agent.errors import BadModel
 from atoll.edge_agent.events import Release
 from atoll.edge_agent.loading import prepare
 from atoll.edge_agent.outbox import Outbox
+from atoll.edge_agent.watching import softmax
 from atoll.fleet import bundle, profile, wire
+from atoll.fleet.counts import unpack_all_signed
 from atoll.fleet.errors import BadBundle, BadProfile
 
 
@@ -274,6 +276,32 @@ def test_every_served_row_is_counted_once_and_no_input_is_kept(tmp_path):
     assert all(row.tobytes() not in stored for row in x)
     database.close()
     assert manifest.classes == bench.CLASSES
+
+
+def test_a_release_that_asks_for_noise_has_its_counts_noised_before_they_are_stored(tmp_path):
+    database = Database(tmp_path / "agent.db")
+    box = Outbox(database)
+    box.start_boot()
+    bench.write_bundle(tmp_path / "one", seed=1, telemetry_noise=2.0)
+    server = Server(tmp_path)
+    try:
+        server.load(tmp_path / "one", 1)
+        x = bench.examples(60, seed=3)
+        assert server.post(request(x))[0] == 200
+    finally:
+        server.close()
+    [window] = [wire.decode(item.payload, wire.Envelope).body for item in box.waiting(9)]
+    database.close()
+    bins = profile.Profile.decode((tmp_path / "one" / bundle.PROFILE).read_bytes())
+    assert window.rows == 60
+    assert window.noise == pytest.approx(2 * np.sqrt(2 * len(bins.variables)), rel=0.01)
+    found = unpack_all_signed(window.counts, bins.bins)
+    exact = profile.count(
+        bins, profile.features(bins.features, x), softmax(bench.logits(x, 1).astype(np.float64))
+    )
+    off = np.concatenate([found[name] - exact[name] for name in exact])
+    assert off.any()
+    assert np.abs(off).max() <= 10 * window.noise
 
 
 def test_the_process_ends_when_its_parent_is_gone(tmp_path):

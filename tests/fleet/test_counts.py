@@ -9,9 +9,13 @@ from atoll.fleet.counts import (
     MAX_COUNT,
     merge,
     pack_all,
+    pack_all_signed,
     pack_counts,
+    pack_signed,
     unpack_all,
+    unpack_all_signed,
     unpack_counts,
+    unpack_signed,
 )
 from atoll.fleet.errors import BadProfile
 
@@ -19,9 +23,13 @@ sparse = st.one_of(st.just(0), st.just(0), st.integers(0, 300), st.integers(0, 2
 vectors = hnp.arrays(np.int64, st.integers(1, 100), elements=sparse)
 
 
-def sets(bins):
+noised = st.one_of(st.integers(-200, 300), st.integers(-MAX_COUNT, MAX_COUNT))
+signed_vectors = hnp.arrays(np.int64, st.integers(1, 100), elements=noised)
+
+
+def sets(bins, elements=sparse):
     return st.dictionaries(
-        st.sampled_from("abcd"), hnp.arrays(np.int64, bins, elements=sparse), max_size=4
+        st.sampled_from("abcd"), hnp.arrays(np.int64, bins, elements=elements), max_size=4
     )
 
 
@@ -92,11 +100,70 @@ def test_what_is_no_count_vector_is_not_packed(counts) -> None:
         pack_counts(counts)
 
 
+@given(signed_vectors)
+def test_counts_with_noise_survive_packing(counts) -> None:
+    unpacked = unpack_signed(pack_signed(counts), len(counts))
+    assert unpacked.dtype == np.int64
+    np.testing.assert_array_equal(unpacked, counts)
+
+
+def test_the_signed_form_is_zigzag_after_a_zero() -> None:
+    counts = np.array([0, -1, 1, -2, 63, -64, 64], np.int64)
+    assert pack_signed(counts) == bytes([0, 7, 0, 1, 2, 3, 126, 127, 128, 1])
+
+
+@settings(max_examples=500)
+@given(st.binary(max_size=60) | st.binary(max_size=30).map(lambda tail: b"\0\4" + tail))
+def test_any_bytes_are_the_signed_packing_of_what_they_unpack_to_or_refused(data) -> None:
+    try:
+        counts = unpack_signed(data)
+    except BadProfile:
+        return
+    assert np.abs(counts).max() <= MAX_COUNT
+    assert pack_signed(counts) == data
+
+
+@given(signed_vectors)
+def test_neither_form_is_ever_taken_for_the_other(counts) -> None:
+    # A reader from before there was noise is unpack_counts.
+    with pytest.raises(BadProfile, match="0 bins"):
+        unpack_counts(pack_signed(counts))
+    with pytest.raises(BadProfile, match="no noise"):
+        unpack_signed(pack_counts(np.abs(counts)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x00",
+        b"\x00\x00",
+        b"\x00\x02\x01",
+        b"\x00\x02\x01\x01\x01",
+        b"\x00\x01\x80",
+        b"\x00\x01\x80\x00",
+        b"\x00\x01" + b"\xff" * 7 + b"\x7f",
+        b"\x00\x01" + b"\xff" * 9 + b"\x01",
+        b"\x00\xff\xff\xff\x7f\x01",
+    ],
+)
+def test_hostile_signed_packings_are_refused(data) -> None:
+    with pytest.raises(BadProfile):
+        unpack_signed(data)
+
+
+def test_signed_counts_of_another_number_of_bins_or_out_of_range_are_refused() -> None:
+    with pytest.raises(BadProfile, match="3 bins; expected 4"):
+        unpack_signed(pack_signed(np.zeros(3, np.int64)), 4)
+    with pytest.raises(BadProfile, match="between"):
+        pack_signed(np.array([-MAX_COUNT - 1]))
+
+
 def _same(one, other) -> bool:
     return one.keys() == other.keys() and all((one[k] == other[k]).all() for k in one)
 
 
-@given(sets(5), sets(5), sets(5))
+@given(*[sets(5) | sets(5, st.integers(-(2**40), 2**40))] * 3)
 def test_merging_is_associative_and_commutative(a, b, c) -> None:
     assert _same(merge(a, b), merge(b, a))
     assert _same(merge(merge(a, b), c), merge(a, merge(b, c)))
@@ -128,3 +195,11 @@ def test_a_set_survives_packing_and_must_be_complete(counts) -> None:
     assert _same(unpack_all(pack_all(counts)), counts)
     with pytest.raises(BadProfile, match="disagree"):
         unpack_all(pack_all(counts), {**bins, "more": 6})
+
+
+@given(sets(6, noised))
+def test_a_set_with_noise_survives_packing_and_must_be_complete(counts) -> None:
+    bins = dict.fromkeys(counts, 6)
+    assert _same(unpack_all_signed(pack_all_signed(counts), bins), counts)
+    with pytest.raises(BadProfile, match="disagree"):
+        unpack_all_signed(pack_all_signed(counts), {**bins, "more": 6})

@@ -3,31 +3,39 @@ from math import log, log2, sqrt
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from atoll.fleet import drift
 from atoll.fleet import profile as profiles
 from atoll.fleet.drift import (
-    MIN_EXPECTED,
     MIN_ROWS,
     DeviceVerdict,
-    assess,
+    Verdict,
     assess_device,
-    chi2,
-    coarsen,
     js,
     ks,
     psi,
     wasserstein,
 )
 from atoll.fleet.errors import BadProfile
+from atoll.fleet.samples import MIN_EXPECTED, Sample, Tally, coarsen
 
 counts = hnp.arrays(np.int64, 8, elements=st.integers(0, 200)).filter(lambda c: c.sum() > 0)
 
 
 def _counts(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.int64)
+
+
+def assess(one, other, *rules, **more) -> Verdict:
+    """Judge counts without noise."""
+    return drift.assess(Sample.exact(one), Sample.exact(other), *rules, **more)
+
+
+def chi2(one, other) -> drift.Chi2:
+    return drift.chi2(Sample.exact(one), Sample.exact(other))
 
 
 # ---- the statistics against closed forms and SciPy
@@ -58,6 +66,7 @@ def test_ks_and_wasserstein_of_a_shift_by_hand() -> None:
     assert ks(_counts(1, 1), _counts(3, 1)) == 0.25
 
 
+@settings(deadline=None)  # the first example waits for SciPy to be imported
 @given(counts, counts)
 def test_statistics_agree_with_scipy(one, other) -> None:
     distance = pytest.importorskip("scipy.spatial.distance")
@@ -97,15 +106,15 @@ def test_nothing_counted_cannot_be_compared() -> None:
 
 @given(counts, counts)
 def test_coarsening_keeps_rows_and_expects_enough_in_every_bin(one, other) -> None:
-    left, right = coarsen(one, other)
+    left, right = (side.counts for side in coarsen(Sample.exact(one), Sample.exact(other)))
     n, m = one.sum(), other.sum()
     assert left.size == right.size >= 1
     assert left.sum() == n
     assert right.sum() == m
     if left.size > 1:
         assert ((left + right) * min(n, m) / (n + m) >= MIN_EXPECTED - 1e-9).all()
-    swapped = coarsen(other, one)
-    np.testing.assert_array_equal(swapped[0], right)
+    swapped = coarsen(Sample.exact(other), Sample.exact(one))
+    np.testing.assert_array_equal(swapped[0].counts, right)
 
 
 # ---- verdicts
@@ -222,6 +231,137 @@ def test_counts_of_other_bins_are_refused() -> None:
             assess(_counts(50, 50), _counts(50, 50), effective=effective)
 
 
+# ---- counts with noise
+
+VARIABLES = 14
+
+
+def _noised(rng, counts: np.ndarray, z: float, windows: int) -> Sample:
+    """Return counts of ``windows`` windows, each noised for ``VARIABLES`` variables."""
+    sigma = z * sqrt(2 * VARIABLES * windows)
+    noise = np.rint(rng.normal(0, sigma, counts.shape)).astype(np.int64)
+    return Sample.of(counts + noise, int(counts.sum()), sigma)
+
+
+def _even(rng, n) -> np.ndarray:
+    return _sample(rng, n)
+
+
+def _narrow(rng, n) -> np.ndarray:
+    return np.bincount(np.searchsorted(EDGES, rng.normal(0.3, 0.1, n)), minlength=65)
+
+
+def _two_peaks(rng, n) -> np.ndarray:
+    centre = np.where(rng.random(n) < 0.8, -1.5, 1.2)
+    return np.bincount(np.searchsorted(EDGES, rng.normal(centre, 0.05)), minlength=65)
+
+
+def _often_missing(rng, n) -> np.ndarray:
+    index = np.where(rng.random(n) < 0.3, 64, np.searchsorted(EDGES, rng.normal(0, 1, n)))
+    return np.bincount(index, minlength=65)
+
+
+def _classes(rng, n) -> np.ndarray:
+    return np.bincount(rng.choice(6, n, p=[0.5, 0.2, 0.1, 0.1, 0.05, 0.05]), minlength=7)
+
+
+@pytest.mark.parametrize("shape", [_even, _narrow, _two_peaks, _often_missing, _classes])
+@pytest.mark.parametrize(
+    ("z", "before", "after"),
+    # (rows, windows) of either side, also where noise and rows stand in other proportions
+    [
+        (0.3, (768, 3), (1280, 5)),
+        (1, (768, 3), (1280, 5)),
+        (1, (2560, 2), (600, 6)),
+        (4, (5120, 20), (10_240, 40)),
+    ],
+)
+def test_undrifted_windows_with_noise_raise_no_more_false_alarms(shape, z, before, after) -> None:
+    rng = np.random.default_rng(5)
+    trials = 400
+    verdicts = [
+        drift.assess(
+            _noised(rng, shape(rng, before[0]), z, before[1]),
+            _noised(rng, shape(rng, after[0]), z, after[1]),
+            ALPHA,
+            0.0,
+        )
+        for _ in range(trials)
+    ]
+    allowed = trials * ALPHA + 3.5 * sqrt(trials * ALPHA)
+    for name in ("ks", "wasserstein", "chi2", "psi"):
+        assert sum(v.statistics[name] > v.thresholds[name] for v in verdicts) <= allowed, name
+    assert sum(v.state == "drifted" for v in verdicts) <= allowed
+    low = sum(v.p_value < 0.5 for v in verdicts) / trials  # neither blind: p is about uniform
+    assert 0.4 < low < 0.6
+
+
+def test_taking_noised_counts_for_exact_ones_would_raise_alarms_always() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        one, other = (_noised(rng, _sample(rng, n), 1, n // 256) for n in (768, 1280))
+        naive = [np.maximum(np.rint(side.counts), 0).astype(np.int64) for side in (one, other)]
+        assert assess(*naive).state == "drifted"
+        assert drift.assess(one, other).state == "stable"
+
+
+@pytest.mark.parametrize(("z", "windows"), [(0.5, 2), (1, 5), (2, 15), (5, 96)])
+def test_a_shift_is_found_in_noise_once_there_are_rows_enough(z, windows) -> None:
+    rng = np.random.default_rng(3)
+    alpha = 1e-3 / VARIABLES
+    shifted = [
+        drift.assess(
+            _noised(rng, _sample(rng, 256 * windows), z, windows),
+            _noised(rng, _sample(rng, 256 * windows, 1.0), z, windows),
+            alpha,
+        )
+        for _ in range(40)
+    ]
+    assert np.mean([verdict.state == "drifted" for verdict in shifted]) >= 0.9
+    # The PSI of a shift by d deviations is d²; joined bins lose a little of it.
+    assert np.mean([verdict.effect for verdict in shifted]) == pytest.approx(0.95, abs=0.2)
+
+
+def test_counts_that_noise_drowns_are_too_few_rows_however_many_they_are() -> None:
+    rng = np.random.default_rng(3)
+    one = _noised(rng, _sample(rng, 5000), 50, 20)
+    other = _noised(rng, _sample(rng, 5000, 3.0), 50, 20)
+    assert one.worth < MIN_ROWS < one.rows
+    assert drift.assess(one, other).state == "too-few-rows"
+
+
+@given(
+    hnp.arrays(np.int64, 12, elements=st.integers(-60, 200)),
+    hnp.arrays(np.int64, 12, elements=st.integers(-60, 200)),
+    st.integers(0, 2000),
+    st.floats(0.1, 30),
+    st.sampled_from([1.0, 0.5]),
+)
+def test_any_noised_counts_get_a_verdict(one, other, rows, sigma, effective) -> None:
+    before, after = Sample.of(one, rows, sigma), Sample.of(other, 500, sigma)
+    verdict = drift.assess(before, after, effective=effective)
+    few = min(side.scaled(effective).worth for side in (before, after)) < MIN_ROWS
+    assert (verdict.state == "too-few-rows") == few
+    assert (verdict.state == "drifted") == (verdict.score >= 1)
+    assert all(np.isfinite([*verdict.statistics.values(), *verdict.thresholds.values()]))
+
+
+def test_the_statistic_is_that_of_the_whole_covariance() -> None:
+    rng = np.random.default_rng(8)
+    one = Sample(rng.integers(20, 90, 6).astype(float), rng.uniform(1, 40, 6))
+    other = Sample(rng.integers(20, 90, 6).astype(float), rng.uniform(1, 40, 6))
+    n, m = one.rows, other.rows
+    p = one.counts * one.quality + other.counts * other.quality
+    p /= p.sum()
+    t = one.noise / n**2 + other.noise / m**2
+    covariance = (1 / n + 1 / m) * (np.diag(p) - np.outer(p, p))
+    covariance += np.diag(t) - np.outer(t, t) / t.sum()
+    d = one.counts / n - other.counts / m
+    found = drift.chi2(one, other)
+    assert found.statistic == pytest.approx(d @ np.linalg.pinv(covariance) @ d)
+    assert found.degrees == 5
+
+
 # ---- devices: a wrist watch of six channels whose wearer has two postures
 
 CHANNELS = ("ax", "ay", "az", "wx", "wy", "wz")
@@ -241,10 +381,10 @@ def _person(number: int, rng: np.random.Generator, n: int) -> np.ndarray:
     return (chosen[..., None] + noise).astype(np.float32)
 
 
-def _count(profile, x) -> dict[str, np.ndarray]:
+def _count(profile, x) -> Tally:
     found = profiles.features(SPEC, x)
     sure = 1 / (1 + np.exp(-found.values[:, 0]))
-    return profiles.count(profile, found, np.stack([sure, 1 - sure], axis=1))
+    return Tally(profiles.count(profile, found, np.stack([sure, 1 - sure], axis=1)), len(x))
 
 
 @pytest.fixture(scope="module")
@@ -255,8 +395,8 @@ def profile() -> profiles.Profile:
     ranges = reduce(lambda a, b: a.merge(b), map(profiles.feature_range, found))
     fine = reduce(profiles.merge, (profiles.fine_counts(f, ranges) for f in found))
     bare = profiles.build(SPEC, profiles.quantile_edges(fine, ranges), CLASSES)
-    counts = reduce(profiles.merge, (_count(bare, x) for x in people))
-    return bare.with_counts(counts, 8 * 300)
+    counted = reduce(Tally.merge, (_count(bare, x) for x in people))
+    return bare.with_counts(counted.counts, counted.rows)
 
 
 @pytest.mark.parametrize("n", [60, 120, 200])
@@ -313,8 +453,17 @@ def test_a_verdict_travels_as_json(profile) -> None:
 
 def test_counts_of_another_profile_are_refused(profile) -> None:
     current = _count(profile, _person(1, np.random.default_rng(3), 100))
-    for bad in ({}, {**current, "ax:mean": np.zeros(3, np.int64)}):
+    for bad in (Tally(), Tally({**current.counts, "ax:mean": np.zeros(3, np.int64)}, 100)):
         with pytest.raises(BadProfile, match="not in the bins"):
             assess_device(profile, None, bad)
         with pytest.raises(BadProfile, match="not in the bins"):
             assess_device(profile, bad, current)
+
+
+def test_a_device_is_not_stable_while_noise_drowns_one_of_its_variables(profile) -> None:
+    rng = np.random.default_rng(6)
+    one, other = (_count(profile, _person(3, rng, 400)) for _ in range(2))
+    drowned = [Tally(side.counts, side.rows, 12.0) for side in (one, other)]
+    verdict = assess_device(profile, *drowned)
+    assert {v.state for v in verdict.variables.values()} == {"stable", "too-few-rows"}
+    assert (verdict.state, verdict.noise) == ("too-few-rows", 12.0)

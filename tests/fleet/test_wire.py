@@ -54,6 +54,7 @@ bodies = st.one_of(
         end=times,
         rows=rows,
         counts=st.dictionaries(texts, st.binary(max_size=20), max_size=3),
+        noise=st.floats(0, 2**29),
     ),
     st.builds(
         Health,
@@ -90,6 +91,23 @@ def test_fields_of_a_later_version_are_ignored(envelope, more) -> None:
     plain = msgspec.msgpack.decode(encode(envelope))
     plain["body"] |= more
     assert decode(msgspec.msgpack.encode({**plain, **more}), Envelope) == envelope
+
+
+def window(**changes: object) -> bytes:
+    body = {"t": "window", "model": "m", "release": 1, "start": 0.0, "end": 1.0, "rows": 2}
+    body |= {"counts": {"x": b"\1"}, **changes}
+    return msgspec.msgpack.encode({"boot": 1, "seq": 1, "at": 0.0, "body": body})
+
+
+def test_a_window_from_before_there_was_noise_has_none() -> None:
+    assert decode(window(), Envelope).body.noise == 0
+
+
+@pytest.mark.parametrize("noise", [-1.0, float("nan"), float("inf"), 2.0**30, None, "1"])
+def test_noise_that_cannot_be_is_refused(noise) -> None:
+    assert decode(window(noise=1.5), Envelope).body.noise == 1.5
+    with pytest.raises(BadMessage):
+        decode(window(noise=noise), Envelope)
 
 
 @given(envelopes, st.text().filter(lambda t: t not in TAGS))

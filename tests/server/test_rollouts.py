@@ -1,16 +1,19 @@
 """Rollouts over real tables: whom they tell, when, and what they leave behind."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from atoll.fleet.wire import Reported
+from atoll.privacy.accounting import Gaussian, Unnoised, from_json
 from atoll.server import rollouts
 from atoll.server.errors import BadInput, Conflict, NotFound
-from atoll.server.schema import alerts, audit, devices, releases, twins
+from atoll.server.schema import alerts, audit, devices, ledger, releases, twins
 from atoll.server.schema import rollouts as table
 from atoll.server.store import Store, sqlite_url
 
@@ -158,3 +161,89 @@ def test_what_cannot_be_rolled_out_is_refused_and_nothing_is_written(store: Stor
         start(store, canaries=["dog"])
     with store.read() as connection:
         assert not connection.execute(select(table)).all()
+
+
+def charged(store: Store) -> dict[str, object]:
+    """Return the events of the model's ledger by charge."""
+    query = select(ledger.c.charge, ledger.c.event).where(ledger.c.population == MODEL)
+    with store.read() as connection:
+        return {row.charge: from_json(row.event) for row in connection.execute(query)}
+
+
+def asks_for_noise(store: Store, release: int, noise: float) -> None:
+    with store.begin() as connection:
+        connection.execute(
+            update(releases)
+            .where(releases.c.release == release)
+            .values(manifest={"telemetry_noise": noise})
+        )
+
+
+def test_telemetry_is_charged_before_the_first_device_is_told_of_a_release(store: Store) -> None:
+    asks_for_noise(store, 1, 1.5)
+    asks_for_noise(store, 2, 0.75)
+    start(store, canaries=["cat"])
+    assert charged(store) == {}
+    assert wanted(store)["cat"] is None
+    rollouts.tick(store, 2.0)
+    assert wanted(store)["cat"] == 2
+    # The other release is where its devices may have to go back to.
+    assert charged(store) == {
+        f"telemetry/{MODEL}/1": Gaussian(1.5),
+        f"telemetry/{MODEL}/2": Gaussian(0.75),
+    }
+
+
+def test_a_release_is_charged_once_whatever_devices_windows_and_rollouts(store: Store) -> None:
+    asks_for_noise(store, 1, 0.5)
+    for turn in range(2):
+        rollout = start(store, release=1)
+        rollouts.tick(store, 2.0)
+        for device in ("cat", "ant", "bee"):  # the canary first
+            report(store, device, "serving")
+            rollouts.tick(store, 3.0)
+        assert state(store, rollout)[0] == "done", turn
+    assert charged(store) == {f"telemetry/{MODEL}/1": Gaussian(0.5)}
+
+
+def test_counts_without_noise_are_in_the_ledger_for_what_they_are(store: Store) -> None:
+    start(store)
+    rollouts.tick(store, 2.0)
+    assert charged(store) == {
+        f"telemetry/{MODEL}/1": Unnoised(),
+        f"telemetry/{MODEL}/2": Unnoised(),
+    }
+
+
+class Interrupted(Store):
+    """A store in which somebody else gets in once, right after the first read."""
+
+    def __init__(self, store: Store, meanwhile: Callable[[], object]) -> None:
+        super().__init__(store.url)
+        self._meanwhile: list[Callable[[], object]] = [meanwhile]
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        with super().read() as connection:
+            yield connection
+        while self._meanwhile:
+            self._meanwhile.pop()()
+
+
+def test_a_rollout_that_starts_during_a_tick_waits_for_its_charge(store: Store) -> None:
+    asks_for_noise(store, 2, 1.0)
+    first = start(store, release=1, canaries=["cat"])
+    second = [0]
+
+    def meanwhile() -> None:
+        second[0] = start(store, release=2, canaries=["bee"])
+
+    interrupted = Interrupted(store, meanwhile)
+    rollouts.tick(interrupted, 2.0)
+    interrupted.close()
+    assert state(store, first)[0] == "superseded"
+    assert wanted(store) == {"ant": None, "bee": None, "cat": None}
+    assert f"telemetry/{MODEL}/2" not in charged(store)
+    assert rollouts.tick(store, 3.0) == second
+    assert wanted(store)["bee"] == 2
+    assert charged(store)[f"telemetry/{MODEL}/2"] == Gaussian(1.0)

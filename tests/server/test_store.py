@@ -4,14 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import insert, inspect, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from atoll.server.errors import StoreUnusable
-from atoll.server.schema import devices, metadata, operators
-from atoll.server.store import Store, sqlite_url
+from atoll.server.schema import devices, metadata, operators, windows
+from atoll.server.store import Store, migration_config, sqlite_url
 
 Together = Callable[[int, Callable[[int], object]], None]
 
@@ -41,6 +42,24 @@ def test_processes_may_migrate_at_once(tmp_path: Path, together: Together) -> No
     assert differences(stores[0]) == []
     for store in stores:
         store.close()
+
+
+def test_windows_from_before_there_was_noise_have_none(tmp_path: Path) -> None:
+    store = Store(sqlite_url(tmp_path / "hub.db"))
+    with store.begin() as connection:
+        command.upgrade(migration_config(connection), "0001")
+        for statement in (
+            """INSERT INTO devices VALUES
+            ('w', '{}', '', '1', NULL, 0, NULL, 0, NULL, 1, 1, NULL, NULL, NULL, 0, 0, 0)""",
+            "INSERT INTO messages VALUES (1, 'w', 1, 1, 0, 0, 'window', x'')",
+            "INSERT INTO windows VALUES (1, 'w', 'm', 1, 0, 0, 1, 5, x'80')",
+        ):
+            connection.execute(text(statement))
+    store.migrate()
+    assert differences(store) == []
+    with store.read() as connection:
+        assert connection.execute(select(windows.c.noise, windows.c.rows)).all() == [(0.0, 5)]
+    store.close()
 
 
 def test_a_database_of_a_newer_version_is_refused(store: Store) -> None:

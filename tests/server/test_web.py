@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import insert, select, update
 
 from atoll.server import auth, schema
 from atoll.server.sessions import CODE_SECONDS, SESSION_SECONDS, new_login_code
@@ -20,8 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from dashboard_fleet import (  # after the path
     DRIFTED,
+    MODEL,
     NOW,
     RELEASED_RUN,
+    add_device,
     add_operators,
     add_rounds,
     new_hub,
@@ -144,6 +146,21 @@ def test_pages_say_what_the_tables_hold(seeded):
         assert len(json.loads(plots[0].replace("&#34;", '"'))["x"]) == 12
         assert "every entry matches" in client.get("/audit").text
         assert "shoulder 1" in client.get("/models").text
+
+
+@pytest.mark.parametrize(
+    ("noise", "words"), [(9.17, "60 rows, noise of σ = 9.2 on each count"), (0.0, "60 rows, l")]
+)
+def test_a_devices_page_says_what_noise_its_counts_carry(empty, noise, words):
+    hub, url, tokens, _ = empty
+    add_device(hub, "watch-01", 1)
+    verdict = {"at": NOW, "state": "stable", "rows": 60, "score": 0.2, "detail": {"noise": noise}}
+    with hub.store.begin() as connection:
+        connection.execute(
+            insert(schema.drift).values(device="watch-01", model=MODEL, release=1, **verdict)
+        )
+    with signed_in(url, tokens["viewer"]) as client:
+        assert words in client.get("/devices/watch-01").text
 
 
 def test_empty_pages_say_what_to_type(empty):
