@@ -25,7 +25,7 @@ from atoll.privacy import accounting, audit, modes
 from atoll.privacy.keystream import Keystream
 from atoll.privacy.plain import PlainParty
 from atoll.privacy.sums import Ask, Integers, RoundKey, SumSpec, Total
-from atoll.privacy.update import Floats, UpdateSpec, decode, encode
+from atoll.privacy.update import Floats, UpdateSpec, decode, encode, release
 
 CLIP_NORM: Final = 1.0
 LOUDNESS: Final = 10.0
@@ -139,7 +139,9 @@ def _mean(
         for party, payload in step.payloads.items():
             hub.receive(party, parties[party].answer(spec, step.phase, payload, terms[party]))
         step = hub.advance()
-    return decode(step.values, setting.spec, len(step.survivors))
+    # The terms carry all of the noise: nothing is added here, whatever the stream.
+    total = release(step.values, setting.spec, Keystream.replayable(0))
+    return decode(total, setting.spec).update / len(step.survivors)
 
 
 SETTINGS: Final = (
