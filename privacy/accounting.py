@@ -300,7 +300,8 @@ def _pld(whole: float, sampled: Mapping[Gaussian, int], delta: float, bound: flo
         if whole:
             parts.append(_single(Gaussian(1 / math.sqrt(whole)), step))
         together = reduce(lambda left, right: left.compose(right), parts)
-        epsilon = float(together.get_epsilon_for_delta(delta))
+        with np.errstate(over="ignore"):  # where e^-ε is no number any more; infinite then
+            epsilon = float(together.get_epsilon_for_delta(delta))
     except (ArithmeticError, MemoryError, ValueError):
         return math.inf
     return epsilon if epsilon >= 0 else math.inf
