@@ -22,7 +22,7 @@ from atoll.privacy.accounting import (
 from atoll.privacy.errors import BadParameters
 
 Sampling = Literal["none", "poisson", "fixed"]
-"""How cohorts come about: as anybody may know, or in secret, by one of two draws.
+"""How cohorts come about: chosen in the open, or drawn in secret in one of two ways.
 
 ``poisson`` takes each device on its own, so ``cohort`` is the mean; ``fixed`` takes exactly so
 many.
@@ -101,6 +101,8 @@ class Forecast:
 
 def default_delta(population: int) -> float:
     """Return a δ of a tenth of the chance to hit one device of the population blindly."""
+    if population < 1:
+        raise BadParameters(f"population {population} must be at least 1")
     return 1 / (10 * population)
 
 
