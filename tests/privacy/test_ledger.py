@@ -4,6 +4,7 @@ import math
 import threading
 
 import pytest
+from ledger_store import LedgerMachine, keeps_the_contract
 
 from atoll.privacy.errors import BadParameters, BudgetExceeded
 from atoll.privacy.ledger import Gaussian, Ledger, MemoryStore, Unnoised
@@ -18,6 +19,10 @@ def store():
 
 def ledger(store, budget=None, population="watches", unit="device"):
     return Ledger(store, population, budget, 1e-5, unit)
+
+
+def test_the_store_in_memory_keeps_the_contract():
+    keeps_the_contract(lambda: LedgerMachine(MemoryStore()))
 
 
 def test_a_charge_is_recorded_once_however_often_it_is_made(store):
