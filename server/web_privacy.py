@@ -79,7 +79,7 @@ def view(account: Account) -> dict[str, Any]:
         "tone": _tone(total.epsilon_pld),
         "sentence": sentence(account.events, total, account.terms.cohort, account.unit),
         "plot": plot([float(n) for n, _ in finite], series, x_label="charge", from_zero=True)
-        if finite
+        if len(finite) > 1
         else None,
     }
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from dashboard_fleet import (  # after the path
     DRIFTED,
+    MODEL,
     NOW,
     RELEASED_RUN,
     add_operators,
@@ -144,6 +145,27 @@ def test_pages_say_what_the_tables_hold(seeded):
         assert len(json.loads(plots[0].replace("&#34;", '"'))["x"]) == 12
         assert "every entry matches" in client.get("/audit").text
         assert "shoulder 1" in client.get("/models").text
+
+
+def test_the_privacy_page_has_an_account_for_each_unit(seeded):
+    _, url, tokens = seeded
+    with signed_in(url, tokens["viewer"]) as client:
+        page = client.get("/privacy").text
+        headings = re.findall(r"<h2>([^<]+)</h2>", page)
+        assert headings == [
+            f"{MODEL}, per device",
+            f"{MODEL}, per example",
+            f"{MODEL}, per row",
+        ]
+        assert "200 times Gaussian noise" in page
+        assert "a served row was counted" in page
+        bearer = {"Authorization": f"Bearer {tokens['viewer']}"}
+        api = client.get("/api/v1/ledger", headers=bearer).json()
+    assert [(one["unit"], one["charges"]) for one in api] == [
+        ("device", 14),
+        ("example", 1),
+        ("row", 6),
+    ]
 
 
 def test_empty_pages_say_what_to_type(empty):
