@@ -9,12 +9,11 @@ from pydantic import BaseModel, Field
 from sqlalchemy import select
 
 from atoll.federation.errors import LinkError
-from atoll.privacy.ledger import Ledger
 from atoll.server import runs
+from atoll.server.accounts import accounts
 from atoll.server.answers import inside
 from atoll.server.api_access import Approver, Hub, Operating, Viewer
 from atoll.server.errors import NotFound, Unavailable
-from atoll.server.ledger_store import SqlLedgerStore
 from atoll.server.schema import rounds
 from atoll.server.schema import runs as runs_table
 
@@ -99,21 +98,31 @@ def candidate_file(run: str, file: str, hub: Hub, _who: Operating) -> FileRespon
 
 @router.get("/ledger", tags=["privacy"])
 def show_ledger(
-    hub: Hub, _who: Viewer, delta: Annotated[float, Query(gt=0, lt=1)] = 1e-5
+    hub: Hub, _who: Viewer, delta: Annotated[float | None, Query(gt=0, lt=1)] = None
 ) -> list[dict[str, Any]]:
-    """Show what each population has spent at ``delta``; no ε means that nothing bounds it."""
-    store = SqlLedgerStore(hub.store, hub.clock)
-    answer = []
-    for population in store.populations():
-        spent = Ledger(store, population, None, delta).spent()
-        answer.append(
-            {
-                "population": population,
-                "charges": len(store.events(population)),
-                "epsilon": spent.epsilon_pld if math.isfinite(spent.epsilon_pld) else None,
-                "epsilon_rdp": spent.epsilon_rdp if math.isfinite(spent.epsilon_rdp) else None,
-                "delta": spent.delta,
-                "method": spent.method,
-            }
-        )
-    return answer
+    """Show what each population has spent for each unit of privacy; no ε means: not bounded.
+
+    Each account is judged at its own δ, that of the plan charged last, or all at ``delta``. A
+    limit is shown at the δ that it is for. The curve gives ε after so many charges.
+    """
+    with hub.store.read() as connection:
+        found = accounts(connection, delta)
+    return [
+        {
+            "population": account.population,
+            "unit": account.unit,
+            "charges": len(account.charges),
+            "epsilon": _bounded(account.spent.epsilon_pld),
+            "epsilon_rdp": _bounded(account.spent.epsilon_rdp),
+            "delta": account.spent.delta,
+            "method": account.spent.method,
+            "relation": account.spent.relation,
+            "budget": account.terms.budget_epsilon,
+            "curve": [[charges, _bounded(epsilon)] for charges, epsilon in account.curve.items()],
+        }
+        for account in found
+    ]
+
+
+def _bounded(epsilon: float) -> float | None:
+    return epsilon if math.isfinite(epsilon) else None

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from atoll.server import cli_device, cli_hub, cli_keys, cli_model, cli_plan
+from atoll.server import cli_device, cli_hub, cli_keys, cli_model, cli_plan, cli_privacy
 from atoll.server.cli_options import Data, Json, connect, flowing, guarded
 from atoll.server.tables import put, put_json
 
@@ -36,6 +36,7 @@ app.command("hub")(guarded(cli_hub.hub))
 app.add_typer(cli_device.app, name="device")
 app.add_typer(cli_plan.app, name="plan")
 app.add_typer(cli_model.app, name="model")
+app.add_typer(cli_privacy.app, name="privacy")
 app.add_typer(cli_keys.app, name="keys")
 
 

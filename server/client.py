@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 PREFIX: Final = "/api/v1"
 TIMEOUT: Final = 30.0
@@ -130,9 +130,9 @@ class HubClient:
         """The hub's operator URL."""
         return self._access.url
 
-    def get(self, *path: str) -> Any:  # noqa: ANN401 -- JSON
+    def get(self, *path: str, query: Mapping[str, str] | None = None) -> Any:  # noqa: ANN401 -- JSON
         """Return what is there."""
-        return self._json("GET", path, None)
+        return self._json("GET", path, None, query)
 
     def post(self, *path: str, body: object = None) -> Any:  # noqa: ANN401 -- JSON
         """Post ``body`` as JSON and return the answer."""
@@ -156,8 +156,14 @@ class HubClient:
         finally:
             part.unlink(missing_ok=True)
 
-    def _json(self, method: str, path: tuple[str, ...], body: object) -> Any:  # noqa: ANN401 -- JSON
-        with self._response(method, path, body) as response:
+    def _json(
+        self,
+        method: str,
+        path: tuple[str, ...],
+        body: object,
+        query: Mapping[str, str] | None = None,
+    ) -> Any:  # noqa: ANN401 -- JSON
+        with self._response(method, path, body, query) as response:
             data = response.read()
         try:
             return json.loads(data)
@@ -166,7 +172,11 @@ class HubClient:
 
     @contextmanager
     def _response(
-        self, method: str, path: tuple[str, ...], body: object
+        self,
+        method: str,
+        path: tuple[str, ...],
+        body: object,
+        query: Mapping[str, str] | None = None,
     ) -> Iterator[http.client.HTTPResponse]:
         connection = self._connection()
         headers = {"Authorization": f"Bearer {self._access.token}", "Accept": "application/json"}
@@ -175,6 +185,8 @@ class HubClient:
             data = json.dumps(body).encode()
             headers["Content-Type"] = "application/json"
         where = self._parts.path + PREFIX + "".join("/" + quote(part, safe="") for part in path)
+        if query:
+            where += "?" + urlencode(query)
         try:
             try:
                 connection.request(method, where, data, headers)

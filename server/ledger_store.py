@@ -53,12 +53,6 @@ class SqlLedgerStore:
             )
             return True
 
-    def populations(self) -> Sequence[str]:
-        """Return the populations that were ever charged."""
-        with self._store.read() as connection:
-            query = select(ledger.c.population).distinct().order_by(ledger.c.population)
-            return connection.execute(query).scalars().all()
-
 
 def _events(connection: Connection, population: str) -> Sequence[tuple[str, Record]]:
     query = (

@@ -167,7 +167,7 @@ def charge_telemetry(store: Store, model: str, release: int, noise: float, now: 
     ``noise`` is the manifest's ``telemetry_noise``. Nothing is refused: the ledger says
     what a release promises to the rows it is served.
     """
-    ledger = Ledger(SqlLedgerStore(store, lambda: now), model, None, _DELTA)
+    ledger = Ledger(SqlLedgerStore(store, lambda: now), model, None, _DELTA, unit="row")
     ledger.charge(f"telemetry/{model}/{release}", Gaussian(noise) if noise else Unnoised())
 
 

@@ -1,9 +1,11 @@
 """ε against published numbers, closed forms and independent accountants."""
 
+import json
 import logging
 import math
 import time
 
+import mpmath
 import pytest
 from dp_accounting.pld import privacy_loss_distribution as pld
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from scipy import special
 
 from atoll.privacy import accounting
 from atoll.privacy.accounting import (
+    FixedSample,
     Gaussian,
     Unnoised,
     from_json,
@@ -23,16 +26,112 @@ from atoll.privacy.accounting import (
 from atoll.privacy.errors import BadParameters
 
 
-def test_golden_sampled():
-    got = spent([Gaussian(1.0, 0.01)] * 1000, 1e-5)
-    assert got.epsilon_pld == pytest.approx(1.828, abs=5e-4)
-    assert got.epsilon_rdp == pytest.approx(2.101, abs=5e-4)
-    assert got.method == "pld"
+@pytest.mark.parametrize(
+    ("event", "delta", "method", "epsilon", "digits"),
+    [
+        (Gaussian(1.0, 0.01, times=1000), 1e-5, "pld", 1.828, 3),
+        (Gaussian(1.0, times=1000), 1e-5, "closed form", 633.93, 2),
+        (Gaussian(1.0, 0.1, times=100), 1e-6, "pld", 8.059, 3),
+        (Gaussian(1.0, times=100), 1e-6, "closed form", 96.72, 2),
+        (Gaussian(1.0, FixedSample(100, 1000), times=100), 1e-6, "rdp", 86.24, 2),
+        (Gaussian(8.0, times=20), 1e-6, "closed form", 2.549, 3),
+    ],
+)
+def test_golden(event, delta, method, epsilon, digits):
+    got = spent([event], delta)
+    assert got.method == method
+    assert round(got.epsilon_pld, digits) == epsilon
 
 
-def test_golden_unsampled():
-    assert spent([Gaussian(1.0)] * 1000, 1e-5).epsilon_pld == pytest.approx(633.93, abs=5e-3)
-    assert spent([Gaussian(8.0)] * 20, 1e-6).epsilon_pld == pytest.approx(2.549, abs=5e-4)
+def test_golden_renyi():
+    assert round(spent([Gaussian(1.0, 0.01, times=1000)], 1e-5).epsilon_rdp, 3) == 2.101
+
+
+@pytest.mark.parametrize(
+    ("noise", "times", "delta", "epsilon"),
+    [(1.0, 1000, 1e-5, 633.93), (1.0, 100, 1e-6, 96.72), (8.0, 20, 1e-6, 2.549)],
+)
+def test_the_closed_form_agrees_with_the_loss_distribution_to_the_printed_digits(
+    noise, times, delta, epsilon
+):
+    step = 1e-4 if epsilon < 100 else 1e-3
+    one = pld.from_gaussian_mechanism(noise, value_discretization_interval=step)
+    by_grid = one.self_compose(times).get_epsilon_for_delta(delta)
+    digits = 3 if epsilon < 10 else 2
+    ours = spent([Gaussian(noise, times=times)], delta).epsilon_pld
+    assert round(by_grid, digits) == round(ours, digits) == epsilon
+
+
+sampling = st.none() | st.sampled_from([0.001, 0.05, 1.0]) | st.just(FixedSample(3, 100))
+
+
+@given(st.lists(st.builds(Gaussian, st.floats(0.3, 9), sampling, st.integers(1, 9)), max_size=4))
+@settings(max_examples=30, deadline=None)
+def test_so_many_times_is_as_many_events(events):
+    one_by_one = [Gaussian(e.noise_multiplier, e.sampling) for e in events for _ in range(e.times)]
+    assert spent(events, 1e-5) == spent(one_by_one, 1e-5)
+
+
+def test_a_fixed_sample_is_bounded_as_by_its_theorem():
+    """Theorem 27 of Wang, Balle and Kasiviswanathan, recomputed at the orders that matter.
+
+    Noise σ = zC, sensitivity 2C: each release has the divergence 2α/z² before it is sampled.
+    """
+    noise, sample, times, delta = 4.0, FixedSample(20, 1000), 50, 1e-6
+    gamma = mpmath.mpf(sample.size) / sample.population
+
+    def divergence(order):
+        return 2 * mpmath.mpf(order) / noise**2
+
+    def moment(order):  # e^((α-1)ε(α)) - 1 at integers, whose differences bound the series
+        return mpmath.e ** ((order - 1) * divergence(order)) if order > 1 else mpmath.mpf(1)
+
+    def difference(order):
+        return sum(
+            (-1) ** (order - i) * mpmath.binomial(order, i) * moment(i) for i in range(order + 1)
+        )
+
+    def sampled(order):
+        total = 1 + gamma**2 * mpmath.binomial(order, 2) * min(
+            4 * (mpmath.e ** divergence(2) - 1), 2 * mpmath.e ** divergence(2)
+        )
+        for j in range(3, order + 1):
+            # 4·√(B(2⌊j/2⌋)·B(2⌈j/2⌉)) or 2e^((j-1)ε(j)), whichever is less
+            low, high = 2 * (j // 2), 2 * ((j + 1) // 2)
+            ternary = 4 * mpmath.sqrt(difference(low) * difference(high))
+            term = min(ternary, 2 * mpmath.e ** ((j - 1) * divergence(j)))
+            total += gamma**j * mpmath.binomial(order, j) * term
+        return mpmath.log(total) / (order - 1)
+
+    with mpmath.workdps(60):
+        theirs = min(
+            times * sampled(a) + mpmath.log1p(-1 / mpmath.mpf(a)) - mpmath.log(delta * a) / (a - 1)
+            for a in range(2, 40)
+        )
+    ours = spent([Gaussian(noise, sample, times)], delta).epsilon_rdp
+    assert ours <= float(theirs) * (1 + 1e-9)  # it looks between the integers too
+    assert ours == pytest.approx(float(theirs), rel=0.01)
+
+
+def test_one_fixed_sample_judges_the_whole_account_by_replacement():
+    everybody = FixedSample(7, 7)  # hides nothing: replacement alone
+    for others in ([Gaussian(3.0)], [Gaussian(3.0, 0.1, 4)], [Gaussian(3.0), Gaussian(5.0, 0.5)]):
+        got = spent([Gaussian(2.0, everybody), *others], 1e-5)
+        assert (got.relation, got.method) == ("replace-one", "closed form")
+        precision = sum(e.times * 4 / e.noise_multiplier**2 for e in [Gaussian(2.0), *others])
+        assert got.epsilon_pld == pytest.approx(gaussian_epsilon(math.sqrt(precision), 1e-5))
+        assert spent(others, 1e-5).relation == "zero-out"
+
+
+@given(st.floats(0.02, 30), st.integers(1, 400), st.integers(1, 50), st.none() | st.just(0.05))
+@settings(max_examples=25, deadline=None)
+def test_a_fixed_sample_never_costs_more_than_the_whole(noise, size, times, other):
+    drawn = Gaussian(noise, FixedSample(size, 400), times)
+    got = spent([drawn, Gaussian(9.0, other)], 1e-6)
+    whole = spent([Gaussian(noise, FixedSample(400, 400), times), Gaussian(9.0, other)], 1e-6)
+    assert got.epsilon_pld <= min(whole.epsilon_pld, got.epsilon_rdp)
+    assert got.epsilon_pld >= spent([Gaussian(9.0, other)], 1e-6).epsilon_pld
+    assert math.isfinite(got.epsilon_rdp)
 
 
 @given(st.floats(0.02, 30), st.floats(1e-12, 0.1))
@@ -145,11 +244,25 @@ def test_the_accountant_is_not_chatty(caplog):
 @given(
     st.one_of(
         st.builds(Unnoised),
-        st.builds(Gaussian, st.floats(0.01, 10), st.none() | st.floats(0.01, 1)),
+        st.builds(
+            Gaussian,
+            st.floats(0.01, 10),
+            st.none()
+            | st.floats(0.01, 1)
+            | st.builds(FixedSample, st.integers(1, 9), st.integers(9, 99)),
+            st.integers(1, 10**6),
+        ),
     )
 )
 def test_events_survive_json(event):
-    assert from_json(to_json(event)) == event
+    assert from_json(json.loads(json.dumps(to_json(event)))) == event
+
+
+def test_records_of_one_release_are_as_they_always_were():
+    sampled = {"kind": "gaussian", "noise_multiplier": 1.5, "sampling": 0.1}
+    assert to_json(Gaussian(1.5, 0.1)) == sampled
+    assert to_json(Gaussian(1.5)) == sampled | {"sampling": None}
+    assert to_json(Unnoised()) == {"kind": "unnoised"}
 
 
 @pytest.mark.parametrize(
@@ -162,6 +275,11 @@ def test_events_survive_json(event):
         {"kind": "gaussian", "noise_multiplier": 0},
         {"kind": "gaussian", "noise_multiplier": 1, "sampling": 2},
         {"kind": "gaussian", "noise_multiplier": 1, "sampling": "all"},
+        {"kind": "gaussian", "noise_multiplier": 1, "sampling": {"size": 2}},
+        {"kind": "gaussian", "noise_multiplier": 1, "sampling": {"size": 3, "population": 2}},
+        {"kind": "gaussian", "noise_multiplier": 1, "sampling": {"size": 0, "population": 2}},
+        {"kind": "gaussian", "noise_multiplier": 1, "times": 0},
+        {"kind": "gaussian", "noise_multiplier": 1, "times": 1.5},
     ],
 )
 def test_other_records_are_refused(data):

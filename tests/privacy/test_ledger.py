@@ -4,6 +4,7 @@ import math
 import threading
 
 import pytest
+from ledger_store import LedgerMachine, keeps_the_contract
 
 from atoll.privacy.errors import BadParameters, BudgetExceeded
 from atoll.privacy.ledger import Gaussian, Ledger, MemoryStore, Unnoised
@@ -16,8 +17,12 @@ def store():
     return MemoryStore()
 
 
-def ledger(store, budget=None, population="watches"):
-    return Ledger(store, population, budget, 1e-5)
+def ledger(store, budget=None, population="watches", unit="device"):
+    return Ledger(store, population, budget, 1e-5, unit)
+
+
+def test_the_store_in_memory_keeps_the_contract():
+    keeps_the_contract(lambda: LedgerMachine(MemoryStore()))
 
 
 def test_a_charge_is_recorded_once_however_often_it_is_made(store):
@@ -65,6 +70,41 @@ def test_a_round_without_noise_never_fits_a_budget(store):
 def test_populations_have_accounts_of_their_own(store):
     ledger(store).charge("run/1", EVENT)
     assert ledger(store, population="phones").spent().epsilon_pld == 0.0
+
+
+def test_units_have_accounts_of_their_own(store):
+    device = ledger(store).charge("run/1", EVENT)
+    rows = ledger(store, unit="row").charge("rows/1", Gaussian(2.0))
+    assert ledger(store).spent() == device
+    assert ledger(store, unit="row").spent() == rows
+    assert ledger(store, unit="example").spent().epsilon_pld == 0.0
+    with pytest.raises(BudgetExceeded, match="per row"):
+        ledger(store, budget=rows.epsilon_pld, unit="row").charge("rows/2", EVENT)
+    assert ledger(store, budget=rows.epsilon_pld).charge("run/2", EVENT) == ledger(store).spent()
+
+
+def test_a_charge_is_of_one_unit(store):
+    ledger(store).charge("run/1", EVENT)
+    with pytest.raises(BadParameters, match="a charge id of its own"):
+        ledger(store, unit="row").charge("run/1", EVENT)
+    assert ledger(store, unit="row").spent().epsilon_pld == 0.0
+
+
+def test_a_record_names_its_unit_unless_it_is_a_device(store):
+    ledger(store).charge("run/1", EVENT)
+    ledger(store, unit="example").charge("run/2", EVENT)
+    (_, device), (_, example) = store.events("watches")
+    assert device == {"kind": "gaussian", "noise_multiplier": 4.0, "sampling": None}
+    assert example == {**device, "unit": "example"}
+
+
+def test_a_unit_of_a_newer_version_is_not_passed_over(store):
+    record = {"kind": "unnoised", "unit": "household"}
+    store.append_if_absent("watches", "run/1", record, lambda _: None)
+    with pytest.raises(BadParameters, match="'household'"):
+        ledger(store).charge("run/2", EVENT)
+    with pytest.raises(BadParameters, match="none of device, example, row"):
+        ledger(store, unit="household")
 
 
 def test_a_preview_spends_nothing(store):

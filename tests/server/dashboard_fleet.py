@@ -353,6 +353,21 @@ def add_release(hub: HubContext, reference: Profile) -> None:
         )
 
 
+def add_charges_of_other_units(connection) -> None:
+    """Charge the model's population for examples and for served rows, too."""
+    release = {"kind": "gaussian", "sampling": None}
+    for charge, event in [
+        (f"{RELEASED_RUN}/examples", {"noise_multiplier": 1.1, "sampling": 0.02, "times": 200}),
+        *((f"telemetry/{n}", {"noise_multiplier": 30.0, "unit": "row"}) for n in range(1, 7)),
+    ]:
+        unit = {"unit": "example"} if charge.endswith("examples") else {}
+        connection.execute(
+            insert(schema.ledger).values(
+                population=MODEL, charge=charge, event=release | unit | event, at=NOW - 1800
+            )
+        )
+
+
 def seed(hub: HubContext) -> dict[str, str]:
     """Fill the database; return the operators' tokens by role."""
     tokens = add_operators(hub)
@@ -390,6 +405,7 @@ def seed(hub: HubContext) -> dict[str, str]:
         for action, subject in (("device.enrol", "watch-01"), ("run.approve", RELEASED_RUN)):
             record(connection, "approver", action, subject, NOW - 2500)
         record(connection, "admin", "release.publish", f"{MODEL}/1", NOW - 1900, run=RELEASED_RUN)
+        add_charges_of_other_units(connection)
     watch.tick(hub.store, NOW - 100, RULES)
     add_windows(hub, reference, DRIFTED, 8, seed=77, offset=0.07, turned=True)
     watch.tick(hub.store, NOW - 30, RULES)

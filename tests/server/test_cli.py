@@ -48,7 +48,17 @@ def test_help_and_completion_load_nothing_heavy():
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
-    heavy = {"torch", "flwr", "fastapi", "sqlalchemy", "numpy", "httpx", "onnx", "cryptography"}
+    heavy = {
+        "torch",
+        "flwr",
+        "fastapi",
+        "sqlalchemy",
+        "numpy",
+        "httpx",
+        "onnx",
+        "cryptography",
+        "plotext",
+    }
     assert heavy.isdisjoint(loaded)
 
 
@@ -59,7 +69,7 @@ def test_version_is_that_of_the_package(atoll):
 def test_help_lists_every_group_and_the_exit_statuses(atoll):
     said = atoll("--help")
     assert said.exit_code == 0
-    for word in ("hub", "login", "demo", "device", "plan", "model", "keys", "3: no hub"):
+    for word in ("hub", "login", "demo", "device", "plan", "model", "privacy", "keys", "3: no hub"):
         assert word in said.stdout
 
 
@@ -71,6 +81,7 @@ def test_help_lists_every_group_and_the_exit_statuses(atoll):
         *(["device", it] for it in ("token", "list", "show", "revoke")),
         *(["plan", it] for it in ("run", "list", "show", "approve", "cancel")),
         *(["model", it] for it in ("list", "publish", "roll-out", "roll-back")),
+        *(["privacy", it] for it in ("plan", "show")),
         ["keys", "init"],
     ],
     ids=" ".join,

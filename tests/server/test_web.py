@@ -163,6 +163,27 @@ def test_a_devices_page_says_what_noise_its_counts_carry(empty, noise, words):
         assert words in client.get("/devices/watch-01").text
 
 
+def test_the_privacy_page_has_an_account_for_each_unit(seeded):
+    _, url, tokens = seeded
+    with signed_in(url, tokens["viewer"]) as client:
+        page = client.get("/privacy").text
+        headings = re.findall(r"<h2>([^<]+)</h2>", page)
+        assert headings == [
+            f"{MODEL}, per device",
+            f"{MODEL}, per example",
+            f"{MODEL}, per row",
+        ]
+        assert "200 times Gaussian noise" in page
+        assert "a served row was counted" in page
+        bearer = {"Authorization": f"Bearer {tokens['viewer']}"}
+        api = client.get("/api/v1/ledger", headers=bearer).json()
+    assert [(one["unit"], one["charges"]) for one in api] == [
+        ("device", 14),
+        ("example", 1),
+        ("row", 6),
+    ]
+
+
 def test_empty_pages_say_what_to_type(empty):
     _, url, tokens, _ = empty
     told = {

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atoll.federation.plan import Privacy
-from atoll.privacy.accounting import Gaussian, Unnoised, spent
+from atoll.privacy.accounting import FixedSample, Gaussian, Unnoised, spent
+from atoll.server.accounts import Account, Terms
 from atoll.server.web_access import local_path
 from atoll.server.web_charts import HEIGHT, WIDTH, bars, plot
 from atoll.server.web_format import FILTERS, TONES, ago
 from atoll.server.web_loop import Facts, steps
-from atoll.server.web_privacy import account, sentence
+from atoll.server.web_privacy import sentence, view
 from atoll.server.web_runs import accuracy_table, stages
 
 NOW = 1_790_000_000.0
@@ -163,13 +163,55 @@ def test_the_privacy_page_names_the_cohort_that_would_make_epsilon_one():
     assert spent(smaller, 1e-5).epsilon_pld > 1.0
 
 
+def test_so_many_releases_at_once_need_the_same_cohort_as_one_by_one():
+    one_by_one = [Gaussian(0.8)] * 12
+    at_once = [Gaussian(0.8, times=12)]
+    total = spent(one_by_one, 1e-5)
+    assert sentence(at_once, total, cohort=8) == sentence(one_by_one, total, cohort=8)
+
+
+def charged(events, unit="device", budget=None):
+    charges = [f"r/{number}" for number in range(1, len(events) + 1)]
+    at = [float(number) for number in range(1, len(events) + 1)]
+    return Account("all", unit, charges, tuple(events), at, Terms(1e-5, budget, 8))
+
+
+def test_an_account_burns_its_budget_down():
+    total = spent([Gaussian(8.0)] * 2, 1e-5).epsilon_pld
+    found = view(charged([Gaussian(8.0)] * 2, budget=3.0))
+    assert found["left"] == pytest.approx(3.0 - total)
+    assert view(charged([Gaussian(8.0)] * 2, budget=total / 2))["left"] == 0.0
+    assert [charge["epsilon"] for charge in found["charges"]] == [
+        pytest.approx(spent([Gaussian(8.0)] * n, 1e-5).epsilon_pld) for n in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("unit", "words"),
+    [
+        ("device", "the models can tell that a device took part"),
+        ("example", "the models can tell that an example was trained on"),
+        ("row", "the counts can tell that a served row was counted"),
+    ],
+)
+def test_each_unit_is_told_what_is_hidden_about_it(unit, words):
+    found = view(charged([Gaussian(1.0)], unit))
+    assert words in found["sentence"]
+    # A larger cohort is the remedy for devices alone.
+    assert ("cohort" in found["sentence"]) == (unit == "device")
+
+
+def test_events_are_told_in_words():
+    events = [Gaussian(1.5, 0.1, 20), Gaussian(1.5, FixedSample(100, 1000)), Unnoised()]
+    assert [charge["event"] for charge in view(charged(events))["charges"]] == [
+        "20 times Gaussian noise, σ = 1.5 × sensitivity, each with probability 0.1",
+        "Gaussian noise, σ = 1.5 × sensitivity, 100 of 1,000 drawn in secret",
+        "a sum without noise",
+    ]
+
+
 def test_a_sum_without_noise_has_no_epsilon():
-    noised = {"kind": "gaussian", "noise_multiplier": 2.0, "sampling": None}
-    charges = [
-        {"charge": "r/1", "event": noised, "at": 1.0},
-        {"charge": "r/2", "event": {"kind": "unnoised"}, "at": 2.0},
-    ]  # fmt: skip
-    found = account("all", charges, Privacy(), cohort=8)
+    found = view(charged([Gaussian(2.0), Unnoised()]))
     assert found["unnoised"]
     assert "no ε bounds" in found["sentence"]
     assert found["charges"][0]["epsilon"] == pytest.approx(spent([Gaussian(2.0)], 1e-5).epsilon_pld)
