@@ -5,8 +5,8 @@ hub or the device occupies is theirs alone. Every device gives a real term and t
 checked, integer by integer. Works for any mode there is: the cohort knows phases only by what
 the hub asks.
 
-Each round is numbered so that the devices' turns start with the first device: it makes the
-keys and opens the sum wherever a mode has few devices do so, and so has most to do.
+Rounds follow each other, as in a plan, and are numbered so that in the last one turns start with
+the first device: where a mode has few devices open a sum, it is one of them then.
 """
 
 import multiprocessing
@@ -54,7 +54,7 @@ class Case:
     def spec(self, turn: int) -> SumSpec:
         """Return the sum of a round; that of turn 0 has one parameter and sets up the keys."""
         length = self.parameters if turn else 1
-        key = RoundKey(RUN, self.devices * (turn + 1))
+        key = RoundKey(RUN, (self.rounds // self.devices + 1) * self.devices - self.rounds + turn)
         return SumSpec(key, length, self.bound, self.devices, self.survivors)
 
 
