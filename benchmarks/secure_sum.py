@@ -150,6 +150,7 @@ def _against_addition(
     # and a signature cost whatever it carries outweighs the rest.
     million = case.parameters == MILLION and not setting.noise_multiplier
     small = million and case.devices == GOAL_DEVICES
+    # To two decimals: the 300 bytes of a message's head belong to no parameter.
     up = round(took.phases[CONTRIBUTE].up / case.parameters, 2)
     yield _row(
         name, "up, contribution", PER, up, 4.0, "float32", goal=SECAGG_BYTES if small else None
