@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-long lint build clean
+.PHONY: help demo test test-long lint bench build clean
 
 help: ## show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -27,6 +27,10 @@ lint: ## style, types, import rule
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+bench: ## measure what is claimed about speed and size, beside its peers; NAME=secure_sum alone
+	@$(PYTHON) .ci/setup.py all test
+	@for name in $(or $(NAME),secure_sum); do COLUMNS=200 $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 build: ## wheel and sdist into dist/
 	@$(PYTHON) .ci/setup.py all test

@@ -34,6 +34,7 @@ import numpy as np
 from atoll.privacy import agreement, bfv, frames, terms, wrapping
 from atoll.privacy.errors import BadParameters, Refused
 from atoll.privacy.frames import Frame
+from atoll.privacy.keystream import Keystream
 from atoll.privacy.packing import Layout
 from atoll.privacy.sums import CONTRIBUTE, Integers, SumSpec
 from atoll.privacy.wrapping import PartyIdentity, PeerLike
@@ -84,17 +85,16 @@ class _Held:
     tags: bytes
     peers: Mapping[str, PeerLike]
 
-    def tag(self, spec: SumSpec, party: str, block: int) -> int:
-        """Return the secret number that says a party's block is in a sum, in ``[0, t)``."""
+    def tags_of(self, spec: SumSpec, party: str, blocks: int) -> Integers:
+        """Return the secret numbers that say a party's blocks are in a sum, each in ``[0, t)``."""
         what = frames.pack(
             {
                 **frames.address(spec.key, CONTRIBUTE, party),
-                "block": block,
                 "spec": [spec.length, spec.bound, spec.parties, spec.min_survivors],
             }
         )
-        # 256 bits modulo t: uniform to 2**-200.
-        return int.from_bytes(hmac.digest(self.tags, what, "sha256")) % self.bfv.modulus
+        stream = Keystream(hmac.digest(self.tags, what, "sha256"))
+        return stream.below(self.bfv.modulus, blocks)
 
 
 class HeParty:
@@ -157,10 +157,7 @@ class HeParty:
         self._check_room(spec, held)
         values = terms.check(term, spec.length, spec.bound)
         layout = Layout.of(spec, held.bfv.plain_bits)
-        tags = [
-            _centred(held.tag(spec, self._me.party, block), held.bfv.modulus)
-            for block in range(layout.blocks)
-        ]
+        tags = _centred(held.tags_of(spec, self._me.party, layout.blocks), held.bfv.modulus)
         blocks = [held.bfv.encrypt(slots) for slots in layout.pack(values, tags)]
         head = {**frames.address(spec.key, CONTRIBUTE, self._me.party), "key": held.name}
         reply = frames.pack(head, blocks)
@@ -235,10 +232,11 @@ class HeParty:
         )
         blocks = frame.parts[len(signers) :]
         values, tags = layout.unpack(np.stack([held.bfv.decrypt(block) for block in blocks]))
-        for block, tag in enumerate(tags):
-            wanted = sum(held.tag(spec, party, block) for party in survivors)
-            if (tag - wanted) % held.bfv.modulus:
-                raise Refused("a sum that is not the sum of the survivors listed")
+        for party in survivors:
+            # Reduced at each step: the sum of all tags could leave 64 bits.
+            tags = (tags - held.tags_of(spec, party, layout.blocks)) % held.bfv.modulus
+        if tags.any():
+            raise Refused("a sum that is not the sum of the survivors listed")
         limit = spec.bound * len(survivors)
         terms.check(values, spec.length, limit)
         reply = frames.pack(
@@ -248,6 +246,6 @@ class HeParty:
         return reply
 
 
-def _centred(value: int, modulus: int) -> int:
-    """Return the representative of ``value`` in ``±(modulus-1)/2``."""
-    return value - modulus if value > modulus // 2 else value
+def _centred(values: Integers, modulus: int) -> Integers:
+    """Return the representatives of ``values`` in ``±(modulus-1)/2``."""
+    return np.where(values > modulus // 2, values - modulus, values)

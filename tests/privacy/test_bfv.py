@@ -64,6 +64,67 @@ def test_as_many_terms_as_allowed_add_exactly(key, adder):
     assert (key.decrypt(adder.write(total)) == wanted).all()
 
 
+EVERY_SIZE = range(bfv.MIN_PLAIN_BITS, bfv.MAX_PLAIN_BITS + 1)
+
+
+@pytest.mark.parametrize("bits", EVERY_SIZE)
+def test_no_fresh_block_is_noisier_than_the_rule_says(bits):
+    key, adder = bfv.Key(bits), bfv.Adder(bits)
+    half = key.modulus // 2
+    slots = np.random.default_rng(bits).integers(-half, half, bfv.SLOTS, endpoint=True)
+    q = bfv._modulus().value()
+    for _ in range(8):
+        fresh = adder.read(key.encrypt(slots))
+        # SEAL's budget is ⌊log2(q / (2·t·noise))⌋, or one less.
+        assert _budget(key, fresh) + 1 >= np.log2(q / (2 * key.modulus * bfv.NOISE_PER_TERM))
+
+
+@pytest.mark.parametrize("bits", EVERY_SIZE)
+def test_as_many_terms_as_any_modulus_allows_add_exactly_and_far_more_do_not(bits):
+    key, adder = bfv.Key(bits), bfv.Adder(bits)
+    terms = bfv.max_terms(bits)
+    reach = key.modulus // 2 // terms
+    rng = np.random.default_rng(bits)
+
+    # Millions of terms: blocks of their own, as often as it takes. The noise of one block
+    # repeated would add up as that of no cohort does.
+    own = 64
+    blocks = [rng.integers(-reach, reach, bfv.SLOTS, endpoint=True) for _ in range(own)]
+    batch = _sum(adder, [adder.read(key.encrypt(block)) for block in blocks])
+    rest = [adder.read(key.encrypt(block)) for block in blocks[: terms % own]]
+    total = _sum(adder, [_times(adder, batch, terms // own), *rest])
+    wanted = np.sum(blocks, axis=0) * (terms // own)
+    wanted += np.sum([np.zeros(bfv.SLOTS, dtype=np.int64), *blocks[: terms % own]], axis=0)
+    assert np.abs(wanted).max() <= key.modulus // 2
+    assert _budget(key, total) > 0
+    assert (key.decrypt(adder.write(total)) == wanted).all()
+
+    one = adder.read(key.encrypt(np.ones(bfv.SLOTS, dtype=np.int64)))
+    with pytest.raises(Refused, match="too much noise"):
+        key.decrypt(adder.write(_times(adder, one, 16 * terms)))
+
+
+def _budget(key, ciphertext):
+    return key._decryptor.invariant_noise_budget(ciphertext)
+
+
+def _sum(adder, ciphertexts):
+    total = adder.read(adder.write(ciphertexts[0]))
+    for term in ciphertexts[1:]:
+        adder.add(total, term)
+    return total
+
+
+def _times(adder, ciphertext, count):
+    """Return the sum of ``count`` times the same ciphertext, by doubling."""
+    total = adder.read(adder.write(ciphertext))
+    for digit in f"{count:b}"[1:]:
+        adder.add(total, total)
+        if digit == "1":
+            adder.add(total, ciphertext)
+    return total
+
+
 def test_a_block_travels_as_half_of_itself_and_a_seed(key, adder, block):
     assert len(block) < 34_000
     assert len(adder.write(adder.read(block))) > 60_000

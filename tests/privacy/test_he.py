@@ -193,6 +193,17 @@ def test_a_sum_that_counts_one_term_twice_is_not_opened(cohort):
         )
 
 
+@pytest.mark.parametrize("places", [[1, 0], [0, 0]], ids=["swapped", "repeated"])
+def test_a_block_in_anothers_place_is_not_opened(cohort, places):
+    spec = cohort.spec(length=4 * bfv.SLOTS)
+    _, ask = cohort.until(DECRYPT, spec, terms_of(cohort.names, spec))
+    party, payload = next(iter(ask.payloads.items()))
+    *signatures, first, second = frames.unpack(payload).parts
+    blocks = [(first, second)[place] for place in places]
+    with pytest.raises(Refused, match="not the sum of the survivors"):
+        cohort.parties[party].answer(spec, DECRYPT, forge(payload, [*signatures, *blocks]), None)
+
+
 def test_no_device_signs_two_lists_of_survivors_for_a_round(cohort):
     spec = cohort.spec()
     _, ask = cohort.until(AGREE, spec, terms_of(cohort.names, spec))
@@ -384,7 +395,7 @@ def test_packing_keeps_the_extremes_apart(bits):
     spec = SumSpec(RoundKey("run", 1), 9000, 100, 8, 2)
     layout = Layout.of(spec, bits)
     signs = np.where(np.arange(9000) % 3 == 0, -100, 100).astype(np.int64)
-    slots = sum(layout.pack(signs, [0] * layout.blocks) for _ in range(8))
+    slots = sum(layout.pack(signs, np.zeros(layout.blocks, dtype=np.int64)) for _ in range(8))
     assert np.abs(slots).max() <= layout.modulus // 2
     values, _ = layout.unpack(slots)
     assert (values == 8 * signs).all()

@@ -1,0 +1,1 @@
+"""What Atoll is measured against, each called as its own users call it."""
