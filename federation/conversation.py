@@ -170,6 +170,7 @@ class Conversation:
 
     def _work(self) -> messages.TrainAsk:
         plan, spec = self._setting.plan, self._setting.update_spec
+        examples = plan.privacy.examples
         return messages.TrainAsk(
             task=plan.task,
             weights=parameters.to_bytes(self._weights),
@@ -181,4 +182,8 @@ class Conversation:
             clip_norm=spec.clip_norm,
             bits=spec.bits,
             noise_multiplier=spec.noise_multiplier,
+            example_steps=examples.steps if examples else 0,
+            example_noise_multiplier=examples.noise_multiplier if examples else 0.0,
+            example_clip_norm=examples.clip_norm if examples else 0.0,
+            example_sampling_rate=examples.sampling_rate if examples else 0.0,
         )

@@ -51,7 +51,10 @@ class SumAsk(msgspec.Struct, frozen=True, kw_only=True, tag="sum"):
 
 
 class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
-    """Local training: ``weights`` is a float32 little-endian vector."""
+    """Local training: ``weights`` is a float32 little-endian vector.
+
+    With ``example_steps`` above 0 it is DP-SGD (:class:`atoll.federation.plan.ExamplePrivacy`).
+    """
 
     task: str
     weights: bytes
@@ -63,6 +66,10 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     clip_norm: float
     bits: int
     noise_multiplier: float
+    example_steps: int = 0
+    example_noise_multiplier: float = 0.0
+    example_clip_norm: float = 0.0
+    example_sampling_rate: float = 0.0
 
 
 class EvaluateAsk(msgspec.Struct, frozen=True, kw_only=True, tag="evaluate"):
