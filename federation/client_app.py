@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, Protocol
 
+import msgspec
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from atoll.federation import messages, parameters, training
 from atoll.federation.errors import BadMessage
-from atoll.federation.plan import Training
+from atoll.federation.plan import ExamplePrivacy, Training
 from atoll.federation.riders import Riders
 from atoll.federation.task import Split, Task
 from atoll.privacy import update
@@ -145,19 +146,21 @@ def _local_update(
 ) -> tuple[Integers, float]:
     seed = training.local_seed(work.seed, ask.round, ask.party)
     before = parameters.from_bytes(work.weights)
-    examples = task.load(data, "train")
-    done = training.train(
-        task.model(0),
-        before,
-        examples,
-        Training(
-            local_epochs=work.local_epochs,
-            batch_size=work.batch_size,
-            learning_rate=work.learning_rate,
-            momentum=work.momentum,
-        ),
-        seed,
+    model, examples = task.model(0), task.load(data, "train")
+    how = Training(
+        local_epochs=work.local_epochs,
+        batch_size=work.batch_size,
+        learning_rate=work.learning_rate,
+        momentum=work.momentum,
     )
+    if work.example_steps:
+        # Imported here: it loads Opacus, for which a device without this mode does not pay.
+        from atoll.federation import example_privacy
+
+        protected, secret = _example_privacy(work), Keystream.fresh()
+        done = example_privacy.train(model, before, examples, how, protected, secret)
+    else:
+        done = training.train(model, before, examples, how, seed)
     riders = Riders(work.weight_cap, work.clip_quantile)
     spec = update.UpdateSpec(
         clip_norm=work.clip_norm,
@@ -176,6 +179,19 @@ def _local_update(
     change, rows = done.weights - before, len(examples.y)
     behind = riders.values(rows, within=update.norm(change) <= spec.clip_norm)
     return update.encode(change, spec, rng, riders.weight(rows), behind), done.loss
+
+
+def _example_privacy(work: messages.TrainAsk) -> ExamplePrivacy:
+    asked = {
+        "noise_multiplier": work.example_noise_multiplier,
+        "clip_norm": work.example_clip_norm,
+        "sampling_rate": work.example_sampling_rate,
+        "steps": work.example_steps,
+    }
+    try:
+        return msgspec.convert(asked, ExamplePrivacy)
+    except msgspec.ValidationError as error:
+        raise BadMessage(f"training that protects no example: {error}") from error
 
 
 def _check_task(task: Task, wanted: str) -> None:

@@ -198,6 +198,7 @@ class Conversation:
 
     def _work(self) -> messages.TrainAsk:
         plan, spec, riders = self._setting.plan, self._spec, Riders.of(self._setting.plan)
+        examples = plan.privacy.examples
         return messages.TrainAsk(
             task=plan.task,
             weights=parameters.to_bytes(self._weights),
@@ -214,4 +215,8 @@ class Conversation:
             weight_cap=riders.weight_cap,
             clip_quantile=riders.clip_quantile,
             rider_noise_multiplier=spec.rider_noise_multiplier,
+            example_steps=examples.steps if examples else 0,
+            example_noise_multiplier=examples.noise_multiplier if examples else 0.0,
+            example_clip_norm=examples.clip_norm if examples else 0.0,
+            example_sampling_rate=examples.sampling_rate if examples else 0.0,
         )

@@ -56,6 +56,7 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
 
     How the update becomes a term is :class:`atoll.privacy.update.UpdateSpec`, whose fewest
     survivors the :class:`SumAsk` says; what rides is :class:`atoll.federation.riders.Riders`.
+    With ``example_steps`` above 0 it is DP-SGD (:class:`atoll.federation.plan.ExamplePrivacy`).
     """
 
     task: str
@@ -73,6 +74,10 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     weight_cap: int = 0
     clip_quantile: float = 0.0
     rider_noise_multiplier: float = 0.0
+    example_steps: int = 0
+    example_noise_multiplier: float = 0.0
+    example_clip_norm: float = 0.0
+    example_sampling_rate: float = 0.0
 
 
 class EvaluateAsk(msgspec.Struct, frozen=True, kw_only=True, tag="evaluate"):

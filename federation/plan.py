@@ -87,6 +87,27 @@ class Cohort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Probability with which an enrolled trainer is in a round's cohort; none: everyone is."""
 
 
+class ExamplePrivacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """DP-SGD on the device: each example is protected, whoever sees the device's update.
+
+    Local training is then ``steps`` steps on Poisson samples instead of epochs, and
+    ``training.batch_size`` is the most examples worked on at once
+    (:mod:`atoll.federation.example_privacy`).
+    """
+
+    noise_multiplier: Annotated[float, Meta(gt=0, le=64)]
+    """σ of the noise on each step's sum of clipped gradients, over ``clip_norm``."""
+    clip_norm: PositiveFloat
+    """Largest L2 norm of one example's gradient."""
+    sampling_rate: Annotated[float, Meta(gt=0, le=1)]
+    """Probability with which an example is in a step's batch, independently of all others."""
+    steps: Positive
+    """Steps per round."""
+    delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
+    budget_epsilon: PositiveFloat | None = None
+    """Refuse rounds past this ε of an example; none records without refusing."""
+
+
 class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How updates are hidden, bounded and noised, and what may be spent.
 
@@ -128,6 +149,8 @@ class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Refuse rounds past this ε; none records without refusing."""
     telemetry_noise: NonNegativeFloat = 0.0
     """The noise multiplier of what devices that serve the model count, per served row; 0 is off."""
+    examples: ExamplePrivacy | None = None
+    """Protects each example besides, on the device; composes with the noise for a device."""
 
     def __post_init__(self) -> None:
         """Refuse noise on riders where the update has none."""

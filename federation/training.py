@@ -54,40 +54,51 @@ def train(
     rows = len(examples.y)
     if rows == 0:
         raise DataMissing("this device has no training examples")
-    with _few_threads(), torch.random.fork_rng(devices=[]):
+    with few_threads(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unflatten(model, weights)
         model.train()
         x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
-        step = _Sgd(model, training)
+        descent = Sgd(model, training)
         loss_sum, seen = 0.0, 0
         for _ in range(training.local_epochs):
             loss_sum, seen = 0.0, 0
             for batch in torch.split(torch.randperm(rows), training.batch_size):
                 if len(batch) == 1 and rows > 1:
                     continue
-                model.zero_grad()
+                descent.zero_grad()
                 loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
                 loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
-                step()
+                descent.step()
                 loss_sum += float(loss.detach()) * len(batch)
                 seen += len(batch)
         return Trained(flatten(model), loss_sum / max(seen, 1))
 
 
-class _Sgd:
+class Sgd:
     """Stochastic gradient descent with momentum, as ``torch.optim.SGD`` does it.
 
     Making the latter imports torch's compiler: 1.2 s and 70 MB that a device has no use for.
+    This has of an optimiser what Opacus' optimisers ask of the one that they wrap.
     """
 
     def __init__(self, model: nn.Module, training: Training) -> None:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._velocity = [torch.zeros_like(p) for p in self._parameters]
         self._rate, self._momentum = training.learning_rate, training.momentum
+        self.param_groups = [{"params": self._parameters}]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 -- torch's
+        """Forget the gradients, or make them zero."""
+        for parameter in self._parameters:
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
 
     @torch.no_grad()
-    def __call__(self) -> None:
+    def step(self) -> None:
+        """Go one step down the parameters' gradients."""
         for parameter, velocity in zip(self._parameters, self._velocity, strict=True):
             if parameter.grad is not None:
                 velocity.mul_(self._momentum).add_(parameter.grad)
@@ -97,7 +108,7 @@ class _Sgd:
 def evaluate(model: nn.Module, weights: Vector, examples: Examples) -> Evaluated:
     """Count how many examples the model gets right; no examples is a count of zero rows."""
     correct, loss_sum = 0, 0.0
-    with _few_threads(), torch.no_grad():
+    with few_threads(), torch.no_grad():
         unflatten(model, weights)
         model.eval()
         for start in range(0, len(examples.y), _EVALUATION_BATCH):
@@ -112,7 +123,8 @@ def evaluate(model: nn.Module, weights: Vector, examples: Examples) -> Evaluated
 
 
 @contextmanager
-def _few_threads() -> Iterator[None]:
+def few_threads() -> Iterator[None]:
+    """Let torch use :data:`THREADS` threads at most."""
     before = torch.get_num_threads()
     torch.set_num_threads(min(before, THREADS))
     try:

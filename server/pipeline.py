@@ -24,7 +24,7 @@ from atoll.federation import evaluation, parameters, release, rounds
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.cohort import Cohort
 from atoll.federation.conversation import RoundReport
-from atoll.federation.errors import RoundFailed
+from atoll.federation.errors import BadPlan, RoundFailed
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock
 from atoll.federation.messages import EvaluateReply
 from atoll.federation.plan import Plan
@@ -68,6 +68,17 @@ class Job:
         )
 
 
+class ExampleEvent(NamedTuple):
+    """``steps`` releases under Gaussian noise, an example in each with ``sampling_rate``."""
+
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+
+
+ChargeExamples = Callable[[str, ExampleEvent], None]
+
+
 class Result(NamedTuple):
     """How a run ended: with a candidate's manifest, or with gates that did not let it pass."""
 
@@ -90,21 +101,28 @@ def run(
     recorder: Recorder,
     out: Path,
     checkpoints: Checkpoints | None = None,
+    charge_examples: ChargeExamples | None = None,
 ) -> Result:
     """Run a plan to its end; raise what stops it.
 
     That is :class:`RoundFailed` when too few devices answer,
     :class:`atoll.server.export.BadExport` for a model that cannot be exported, and what
     :func:`atoll.federation.rounds.run_rounds` raises.
+
+    ``charge_examples`` records under a charge id what a round costs each example, before the
+    round, and raises :class:`atoll.privacy.errors.BudgetExceeded` to refuse it; a plan with
+    ``[privacy.examples]`` does not run without. An example is on one device, so what it spends
+    does not depend on which devices take part.
     """
     facts: dict[str, Any] = {}
+    charge_also = _example_charges(job, charge_examples)
 
     def note(**found: Any) -> None:  # noqa: ANN401 -- JSON
         facts.update(found)
         recorder.metrics(found)
 
     recorder.stage("train")
-    weights = _train(job, session, ledger, recorder, note, checkpoints)
+    weights = _train(job, session, ledger, recorder, note, checkpoints, charge_also)
     recorder.stage("evaluate")
     replies = _evaluate(job, weights)
     note(**measures.of_weights(replies, sides_of(job.cohort.trainers, replies)))
@@ -161,6 +179,14 @@ def event_of(plan: Plan, trainers: int) -> Event:
     return Gaussian(spec.multiplier, release.amplification(plan, trainers))
 
 
+def example_event(plan: Plan) -> ExampleEvent | None:
+    """Return what one round costs an example: so many sampled Gaussians, or nothing asked."""
+    asked = plan.privacy.examples
+    if asked is None:
+        return None
+    return ExampleEvent(asked.noise_multiplier, asked.sampling_rate, asked.steps)
+
+
 def features_of(task: Task) -> FeatureSpec:
     """Return what is watched of a task's examples: signals by moments, tables by columns."""
     signals = len(task.input_shape) == _SIGNAL_AXES
@@ -174,12 +200,14 @@ def _train(
     recorder: Recorder,
     note: Callable[..., None],
     checkpoints: Checkpoints | None,
+    charge_also: Callable[[int], None],
 ) -> parameters.Vector:
     plan = job.plan
     reports: list[RoundReport] = []
     event = event_of(plan, len(job.cohort.trainers))
 
     def charge(number: int) -> float | None:
+        charge_also(number)
         spent = ledger.charge(f"{job.run}/{number}", event).epsilon_pld
         return spent if isfinite(spent) else None
 
@@ -222,6 +250,19 @@ def _train(
         delta=spent.delta,
     )
     return outcome.weights
+
+
+def _example_charges(job: Job, charge: ChargeExamples | None) -> Callable[[int], None]:
+    """Return what charges a round to the examples; check first that they can be protected."""
+    event = example_event(job.plan)
+    if event is None:
+        return lambda _: None
+    if charge is None:
+        raise BadPlan("[privacy.examples] needs a ledger of examples, and this run has none")
+    from atoll.federation import example_privacy  # loads Opacus
+
+    example_privacy.check(job.task.model(job.plan.seed), job.task.input_shape)
+    return lambda number: charge(f"{job.run}/{number}/examples", event)
 
 
 def _evaluate(job: Job, weights: parameters.Vector) -> dict[str, EvaluateReply]:

@@ -71,6 +71,27 @@ def test_unknown_fields_are_ignored_and_missing_ones_refused(record: messages.Re
         messages.unpack(content, type(record))
 
 
+def test_training_of_which_no_examples_are_spoken_is_plain_epochs() -> None:
+    ask = messages.TrainAsk(
+        task="t",
+        weights=b"",
+        seed=0,
+        local_epochs=1,
+        batch_size=32,
+        learning_rate=0.1,
+        momentum=0.9,
+        clip_norm=1.0,
+        bits=16,
+        noise_multiplier=0.0,
+    )
+    content = messages.pack(ask)
+    (name,) = content.config_records
+    for field in [field for field in content.config_records[name] if field.startswith("example")]:
+        del content.config_records[name][field]
+    assert messages.unpack(content, messages.TrainAsk) == ask
+    assert ask.example_steps == 0
+
+
 def test_a_message_without_the_record_is_refused() -> None:
     with pytest.raises(BadMessage, match="'sum'"):
         messages.unpack(RecordDict(), messages.SumReply)
@@ -111,6 +132,13 @@ def test_a_plan_names_the_field_at_fault() -> None:
         plan.loads(text + "rounds = 0\n")
     with pytest.raises(BadPlan, match="nonsense"):
         plan.loads(text + "nonsense = 1\n")
+    examples = "[privacy.examples]\nclip_norm = 1.0\nsampling_rate = 0.1\nsteps = 5\n"
+    with pytest.raises(BadPlan, match="noise_multiplier"):
+        plan.loads(text + examples)
+    with pytest.raises(BadPlan, match="noise_multiplier"):
+        plan.loads(text + examples + "noise_multiplier = 0.0\n")
+    read = plan.loads(text + examples + "noise_multiplier = 0.9\n").privacy.examples
+    assert read == plan.ExamplePrivacy(0.9, 1.0, 0.1, 5)
     with pytest.raises(BadPlan, match="TOML"):
         plan.loads("=")
 
@@ -183,17 +211,17 @@ def test_local_training_steps_as_torchs_own_optimiser_does() -> None:
     assert abs(ours.loss - float(loss.detach())) < 1e-5
 
 
-def test_a_trainer_does_not_load_torchs_compiler(tmp_path: Path) -> None:
+def test_a_trainer_loads_neither_torchs_compiler_nor_opacus(tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
 import numpy as np
-from atoll.federation import parameters, plan, training
+from atoll.federation import client_app, parameters, plan, training
 from blobs import Blobs, write
 data = write(Path(sys.argv[1]), 1)
 start = parameters.flatten(Blobs().model(0))
 training.train(Blobs().model(0), start, Blobs().load(data, "train"), plan.Training(), 1)
-print(sorted({"torch._dynamo", "torch._inductor"} & set(sys.modules)))
+print(sorted({"torch._dynamo", "torch._inductor", "opacus"} & set(sys.modules)))
 """
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)],

@@ -15,6 +15,7 @@ from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.engine import Vanished
 from atoll.federation.errors import BadCheckpoint, RoundFailed
 from atoll.federation.evaluation import ask, evaluate
+from atoll.federation.plan import ExamplePrivacy
 from atoll.federation.rounds import PATIENCE, RoundReport
 from atoll.federation.task import Examples, Split
 from atoll.privacy.errors import BadParameters, BudgetExceeded
@@ -64,6 +65,29 @@ def test_a_cohort_learns_what_separates_the_classes(tmp_path: Path, mode: str) -
     assert reports[-1].loss < reports[0].loss
     assert all(report.bytes_up > 0 and report.bytes_down > 0 for report in reports)
     assert (done.ended, done.rounds) == ("complete", 4)
+
+
+@pytest.mark.parametrize(
+    ("examples", "why"),
+    [
+        (ExamplePrivacy(1.0, 1.0, 0.5, 3), "BatchNorm1d"),
+        (ExamplePrivacy(0.0, 1.0, 0.5, 3), "noise_multiplier"),
+        (ExamplePrivacy(1.0, 1.0, 1.5, 3), "sampling_rate"),
+        (ExamplePrivacy(1.0, 1.0, 0.5, -3), "steps"),
+    ],
+)
+def test_a_device_does_not_train_on_examples_that_it_cannot_protect(
+    tmp_path: Path, examples: ExamplePrivacy, why: str
+) -> None:
+    here, reports = fleet(tmp_path, 2), []
+    plan = plan_of()
+    asked = msgspec.structs.replace(
+        plan, privacy=msgspec.structs.replace(plan.privacy, examples=examples)
+    )
+    with pytest.raises(RoundFailed):
+        here.run(asked, on_round=reports.append)
+    assert all(why in reason for reason in reports[0].dropped.values())
+    assert len(reports[0].dropped) == 2
 
 
 def test_an_encrypted_run_gives_exactly_the_plain_model(tmp_path: Path) -> None:

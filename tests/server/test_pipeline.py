@@ -13,10 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from waves import Fleet, Waves, plan_of
 
 from atoll.edge_agent.onnx import Onnx  # after the path
-from atoll.federation.errors import RoundFailed
+from atoll.federation.errors import BadPlan, RoundFailed
 from atoll.fleet import bundle as bundles
 from atoll.fleet import profile as profiles
 from atoll.fleet import queries
+from atoll.privacy.errors import BudgetExceeded
 from atoll.privacy.ledger import Gaussian, MemoryStore, Unnoised
 from atoll.server import pipeline
 from atoll.server.recording import MemoryRecorder
@@ -192,6 +193,48 @@ def varied(plan, **sections):
             for name, fields in sections.items()
         },
     )
+
+
+EXAMPLES = (
+    ", examples = {{ noise_multiplier = {noise}, clip_norm = 1.0, sampling_rate = 0.15, "
+    "steps = 40, budget_epsilon = 3.0 }}"
+)
+
+
+def test_each_round_is_charged_to_the_examples_before_it_starts(tmp_path):
+    charged, store = [], MemoryStore()
+
+    def charge(*what):
+        charged.append((*what, len(store.events("waves"))))
+
+    plan = plan_of(rounds=2, more=EXAMPLES.format(noise=0.3), noise=0.01)
+    result = Fleet(tmp_path).run(plan, store=store, charge_examples=charge)
+    assert result.manifest is not None, result.refused
+    event = pipeline.ExampleEvent(noise_multiplier=0.3, sampling_rate=0.15, steps=40)
+    assert charged == [(f"run1/{n}/examples", event, n - 1) for n in (1, 2)]
+
+
+def test_the_noise_that_a_plan_asks_for_reaches_the_devices_training(tmp_path):
+    plan = plan_of(rounds=1, more=EXAMPLES.format(noise=64))
+    result = Fleet(tmp_path).run(plan, charge_examples=lambda *_: None)
+    assert "better than chance" in result.refused
+
+
+def test_the_ledger_of_examples_stops_the_rounds_as_the_devices_does(tmp_path):
+    def charge(charge_id, _event):
+        if charge_id == "run1/2/examples":
+            raise BudgetExceeded("the examples' budget")
+
+    plan = plan_of(more=EXAMPLES.format(noise=0.3))
+    result = Fleet(tmp_path).run(plan, charge_examples=charge)
+    assert (result.facts["rounds"]["ended"], result.facts["rounds"]["trained"]) == ("budget", 1)
+
+
+def test_examples_are_not_trained_on_without_a_ledger_of_theirs(tmp_path):
+    plan = plan_of(more=EXAMPLES.format(noise=1))
+    with pytest.raises(BadPlan, match="ledger of examples"):
+        Fleet(tmp_path).run(plan)
+    assert pipeline.example_event(plan_of()) is None
 
 
 def _lies(name, **changes):

@@ -123,7 +123,11 @@ class Fleet:
         self.cohort = Cohort(members, names[: self.count - self.unseen], names)
 
     def run(
-        self, plan: Plan, recorder: MemoryRecorder | None = None, store: MemoryStore | None = None
+        self,
+        plan: Plan,
+        recorder: MemoryRecorder | None = None,
+        store: MemoryStore | None = None,
+        charge_examples: pipeline.ChargeExamples | None = None,
     ) -> pipeline.Result:
         job = pipeline.Job(
             self.grid, plan, self.cohort, Waves(), "run1", 1000.0, clock=self.grid.clock
@@ -139,4 +143,5 @@ class Fleet:
             ),
             recorder=recorder or MemoryRecorder(),
             out=self.root / "candidate",
+            charge_examples=charge_examples,
         )

@@ -4,10 +4,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.federation import parameters
+from atoll.federation import example_privacy, parameters, training
 from atoll.federation import plan as plans
 from atoll.federation.errors import DataMissing
 from atoll.federation.task import Task, find
+from atoll.privacy.keystream import Keystream
 from atoll.simulations import spar, spar_net
 from atoll.simulations.reference import PLAN
 from atoll.simulations.spar import Spar
@@ -116,3 +117,19 @@ def test_the_demo_plan_is_one_that_can_run():
     assert plan.privacy.mode == "he"
     assert plan.privacy.noise_multiplier > 0
     assert plan.cohort.labels == {"role": "train"}
+
+
+def test_the_network_learns_with_each_window_protected(people):
+    examples, model = Spar().load(people[1], "train"), Spar().model(0)
+    start = parameters.flatten(model)
+    done = example_privacy.train(
+        model,
+        start,
+        examples,
+        plans.Training(learning_rate=0.2),
+        plans.ExamplePrivacy(noise_multiplier=0.5, clip_norm=1.0, sampling_rate=0.1, steps=30),
+        Keystream.replayable(1),
+    )
+    before = training.evaluate(model, start, examples)
+    after = training.evaluate(model, done.weights, examples)
+    assert after.correct > 2 * before.correct
