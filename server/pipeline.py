@@ -68,17 +68,6 @@ class Job:
         )
 
 
-class ExampleEvent(NamedTuple):
-    """``steps`` releases under Gaussian noise, an example in each with ``sampling_rate``."""
-
-    noise_multiplier: float
-    sampling_rate: float
-    steps: int
-
-
-ChargeExamples = Callable[[str, ExampleEvent], None]
-
-
 class Result(NamedTuple):
     """How a run ended: with a candidate's manifest, or with gates that did not let it pass."""
 
@@ -101,7 +90,7 @@ def run(
     recorder: Recorder,
     out: Path,
     checkpoints: Checkpoints | None = None,
-    charge_examples: ChargeExamples | None = None,
+    examples: Ledger | None = None,
 ) -> Result:
     """Run a plan to its end; raise what stops it.
 
@@ -109,20 +98,19 @@ def run(
     :class:`atoll.server.export.BadExport` for a model that cannot be exported, and what
     :func:`atoll.federation.rounds.run_rounds` raises.
 
-    ``charge_examples`` records under a charge id what a round costs each example, before the
-    round, and raises :class:`atoll.privacy.errors.BudgetExceeded` to refuse it; a plan with
+    ``examples`` is the account of single examples, charged before each round too; a plan with
     ``[privacy.examples]`` does not run without. An example is on one device, so what it spends
     does not depend on which devices take part.
     """
     facts: dict[str, Any] = {}
-    charge_also = _example_charges(job, charge_examples)
+    protect_examples(job, examples)
 
     def note(**found: Any) -> None:  # noqa: ANN401 -- JSON
         facts.update(found)
         recorder.metrics(found)
 
     recorder.stage("train")
-    weights = _train(job, session, ledger, recorder, note, checkpoints, charge_also)
+    weights = _train(job, session, ledger, examples, recorder, note, checkpoints)
     recorder.stage("evaluate")
     replies = _evaluate(job, weights)
     note(**measures.of_weights(replies, sides_of(job.cohort.trainers, replies)))
@@ -179,12 +167,12 @@ def event_of(plan: Plan, trainers: int) -> Event:
     return Gaussian(spec.multiplier, release.amplification(plan, trainers))
 
 
-def example_event(plan: Plan) -> ExampleEvent | None:
+def example_event(plan: Plan) -> Gaussian | None:
     """Return what one round costs an example: so many sampled Gaussians, or nothing asked."""
     asked = plan.privacy.examples
     if asked is None:
         return None
-    return ExampleEvent(asked.noise_multiplier, asked.sampling_rate, asked.steps)
+    return Gaussian(asked.noise_multiplier, asked.sampling_rate, times=asked.steps)
 
 
 def features_of(task: Task) -> FeatureSpec:
@@ -197,17 +185,18 @@ def _train(
     job: Job,
     session: HubSession,
     ledger: Ledger,
+    examples: Ledger | None,
     recorder: Recorder,
     note: Callable[..., None],
     checkpoints: Checkpoints | None,
-    charge_also: Callable[[int], None],
 ) -> parameters.Vector:
     plan = job.plan
     reports: list[RoundReport] = []
-    event = event_of(plan, len(job.cohort.trainers))
+    event, of_example = event_of(plan, len(job.cohort.trainers)), example_event(plan)
 
     def charge(number: int) -> float | None:
-        charge_also(number)
+        if examples is not None and of_example is not None:
+            examples.charge(f"{job.run}/{number}/examples", of_example)
         spent = ledger.charge(f"{job.run}/{number}", event).epsilon_pld
         return spent if isfinite(spent) else None
 
@@ -229,11 +218,17 @@ def _train(
     )
     spent = ledger.spent()
     finite = isfinite(spent.epsilon_pld)
-    privacy: dict[str, float] = {"delta": spent.delta}
+    privacy: dict[str, Any] = {"delta": spent.delta}
     if finite:
         privacy |= {"epsilon": spent.epsilon_pld, "epsilon_rdp": spent.epsilon_rdp}
     if plan.privacy.budget_epsilon is not None:
         privacy["budget"] = plan.privacy.budget_epsilon
+    if examples is not None and of_example is not None:
+        of_examples = examples.spent()
+        privacy["examples"] = {
+            "epsilon": of_examples.epsilon_pld,
+            "delta": of_examples.delta,
+        }
     if plan.privacy.clip == "adaptive" and reports:
         privacy["clip_norm"] = reports[-1].clip_norm
     note(
@@ -252,17 +247,19 @@ def _train(
     return outcome.weights
 
 
-def _example_charges(job: Job, charge: ChargeExamples | None) -> Callable[[int], None]:
-    """Return what charges a round to the examples; check first that they can be protected."""
-    event = example_event(job.plan)
-    if event is None:
-        return lambda _: None
-    if charge is None:
+def protect_examples(job: Job, examples: Ledger | None) -> None:
+    """Check before anything starts that a plan's promise to examples can be kept.
+
+    Raises :class:`BadPlan` without an account of theirs, and
+    :class:`atoll.privacy.errors.BadParameters` for a model that mixes examples.
+    """
+    if job.plan.privacy.examples is None:
+        return
+    if examples is None:
         raise BadPlan("[privacy.examples] needs a ledger of examples, and this run has none")
     from atoll.federation import example_privacy  # loads Opacus
 
     example_privacy.check(job.task.model(job.plan.seed), job.task.input_shape)
-    return lambda number: charge(f"{job.run}/{number}/examples", event)
 
 
 def _evaluate(job: Job, weights: parameters.Vector) -> dict[str, EvaluateReply]:

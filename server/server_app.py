@@ -86,6 +86,7 @@ def execute(
                 plan.privacy.budget_epsilon,
                 plan.privacy.delta,
             ),
+            examples=_account_of_examples(store, plan, now),
             recorder=SqlRecorder(store, run, now),
             out=settings.candidates / run,
             checkpoints=Checkpoints(settings.data / "runs" / run),
@@ -100,6 +101,15 @@ def execute(
             _settle(store, run, "rejected", f"gates failed: {result.refused}", now())
         else:
             _settle(store, run, "gated", "", now())
+
+
+def _account_of_examples(store: Store, plan: Plan, now: Callable[[], float]) -> Ledger | None:
+    """Return the account of single examples, for a plan that protects them."""
+    asked = plan.privacy.examples
+    if asked is None:
+        return None
+    kept = SqlLedgerStore(store, now)
+    return Ledger(kept, plan.model, asked.budget_epsilon, asked.delta, unit="example")
 
 
 def cohort_of(connection: Connection, plan: Plan) -> Cohort:

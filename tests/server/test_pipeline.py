@@ -17,8 +17,8 @@ from atoll.federation.errors import BadPlan, RoundFailed
 from atoll.fleet import bundle as bundles
 from atoll.fleet import profile as profiles
 from atoll.fleet import queries
-from atoll.privacy.errors import BudgetExceeded
-from atoll.privacy.ledger import Gaussian, MemoryStore, Unnoised
+from atoll.privacy import accounting
+from atoll.privacy.ledger import Gaussian, Ledger, MemoryStore, Unnoised
 from atoll.server import pipeline
 from atoll.server.recording import MemoryRecorder
 from atoll.server.web_runs import STAGES
@@ -201,32 +201,36 @@ EXAMPLES = (
 )
 
 
+def examples_account(store, budget=None):
+    return Ledger(store, "waves", budget, 1e-5, unit="example")
+
+
 def test_each_round_is_charged_to_the_examples_before_it_starts(tmp_path):
-    charged, store = [], MemoryStore()
-
-    def charge(*what):
-        charged.append((*what, len(store.events("waves"))))
-
+    store = MemoryStore()
     plan = plan_of(rounds=2, more=EXAMPLES.format(noise=0.3), noise=0.01)
-    result = Fleet(tmp_path).run(plan, store=store, charge_examples=charge)
+    result = Fleet(tmp_path).run(plan, store=store, examples=examples_account(store))
     assert result.manifest is not None, result.refused
-    event = pipeline.ExampleEvent(noise_multiplier=0.3, sampling_rate=0.15, steps=40)
-    assert charged == [(f"run1/{n}/examples", event, n - 1) for n in (1, 2)]
+    assert [charge for charge, _ in store.events("waves")] == [
+        *("run1/1/examples", "run1/1"),
+        *("run1/2/examples", "run1/2"),
+    ]
+    event = Gaussian(0.3, 0.15, times=40)
+    spent = accounting.spent([event, event], 1e-5).epsilon_pld
+    assert result.facts["privacy"]["examples"]["epsilon"] == pytest.approx(spent, rel=1e-9)
+    assert result.facts["privacy"]["epsilon"] > 10 * spent  # the devices' own account
 
 
 def test_the_noise_that_a_plan_asks_for_reaches_the_devices_training(tmp_path):
     plan = plan_of(rounds=1, more=EXAMPLES.format(noise=64))
-    result = Fleet(tmp_path).run(plan, charge_examples=lambda *_: None)
+    result = Fleet(tmp_path).run(plan, examples=examples_account(MemoryStore()))
     assert "better than chance" in result.refused
 
 
 def test_the_ledger_of_examples_stops_the_rounds_as_the_devices_does(tmp_path):
-    def charge(charge_id, _event):
-        if charge_id == "run1/2/examples":
-            raise BudgetExceeded("the examples' budget")
-
+    store, event = MemoryStore(), Gaussian(0.3, 0.15, times=40)
+    budget = accounting.spent([event], 1e-5).epsilon_pld * 1.01
     plan = plan_of(more=EXAMPLES.format(noise=0.3))
-    result = Fleet(tmp_path).run(plan, charge_examples=charge)
+    result = Fleet(tmp_path).run(plan, store=store, examples=examples_account(store, budget))
     assert (result.facts["rounds"]["ended"], result.facts["rounds"]["trained"]) == ("budget", 1)
 
 

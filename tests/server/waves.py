@@ -127,7 +127,7 @@ class Fleet:
         plan: Plan,
         recorder: MemoryRecorder | None = None,
         store: MemoryStore | None = None,
-        charge_examples: pipeline.ChargeExamples | None = None,
+        examples: Ledger | None = None,
     ) -> pipeline.Result:
         job = pipeline.Job(
             self.grid, plan, self.cohort, Waves(), "run1", 1000.0, clock=self.grid.clock
@@ -143,5 +143,5 @@ class Fleet:
             ),
             recorder=recorder or MemoryRecorder(),
             out=self.root / "candidate",
-            charge_examples=charge_examples,
+            examples=examples,
         )
