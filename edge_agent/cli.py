@@ -95,6 +95,12 @@ def run(
     allow_plain: Annotated[  # noqa: FBT002  # typer options are keyword arguments with defaults
         bool, typer.Option("--allow-plain", help="Let plans sum updates that the hub can read.")
     ] = False,
+    least_noise: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="Train only where devices add noise of at least this multiplier."
+        ),
+    ] = 0.0,
 ) -> None:
     """Run the agent until it is stopped (Ctrl-C or SIGTERM)."""
     paths = _paths(data)
@@ -110,6 +116,7 @@ def run(
             *("--health-seconds", str(health_seconds)),
             *(() if task is None else ("--task", task)),
             *(("--allow-plain",) if allow_plain else ()),
+            *("--least-noise", str(least_noise)),
         ],
     )
 

@@ -53,6 +53,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     health_seconds: float = HEALTH_SECONDS
     task: str | None = None
     allow_plain: bool = False
+    least_noise: float = 0.0
     """Whether this device sends updates that the hub can read."""
 
 
@@ -256,7 +257,10 @@ class Control:
                 rows, seconds = self._settings.window_rows, self._settings.window_seconds
                 self._crew.serve(self._bound.fileno(), rows, seconds)
             case actions.Start("trainer"):
-                self._crew.train(self._settings.task, allow_plain=self._settings.allow_plain)
+                chosen = self._settings
+                self._crew.train(
+                    chosen.task, allow_plain=chosen.allow_plain, least_noise=chosen.least_noise
+                )
             case actions.Finish(part):
                 self._crew.finish(part)
             case actions.Renew():
@@ -370,6 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--health-seconds", type=float, default=HEALTH_SECONDS)
     parser.add_argument("--task")
     parser.add_argument("--allow-plain", action="store_true")
+    parser.add_argument("--least-noise", type=float, default=0.0)
     given = parser.parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr

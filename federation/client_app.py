@@ -64,12 +64,14 @@ def build(
     party: Callable[[str], PartySum],
     queries: Mapping[str, Callable[[bytes], bytes]],
     answered: Answered | None = None,
+    least_noise: float = 0.0,
 ) -> ClientApp:
     """Return the ClientApp for ``task`` on the examples under ``data``.
 
     ``party`` makes this device's side of a sum from a privacy mode's name, once per run.
     ``queries`` answers questions by name, bytes to bytes. ``answered`` outlives the process on
-    a device.
+    a device. ``least_noise`` is the device's own word on plans: it trains in none whose devices
+    add noise of a smaller multiplier.
     """
     app = ClientApp()
     sums = _Sums(party, answered or AnsweredHere())
@@ -88,6 +90,7 @@ def build(
         if ask.phase != CONTRIBUTE:
             raise BadMessage(f"training was asked for in the {ask.phase!r} phase")
         _check_task(task, work.task)
+        _check_noise(work, least_noise)
         term, loss = _local_update(task, data, work, ask)
         return _reply(
             message,
@@ -192,6 +195,16 @@ def _example_privacy(work: messages.TrainAsk) -> ExamplePrivacy:
         return msgspec.convert(asked, ExamplePrivacy)
     except msgspec.ValidationError as error:
         raise BadMessage(f"training that protects no example: {error}") from error
+
+
+def _check_noise(work: messages.TrainAsk, least: float) -> None:
+    """Raise :class:`Refused` for a plan under which this device would not be hidden enough."""
+    added = work.noise_multiplier if work.noise == "distributed" else 0.0
+    if added < least:
+        raise Refused(
+            f"this device trains where devices add noise of multiplier {least:g} or more; the "
+            f"plan has {work.noise_multiplier:g}, {work.noise}"
+        )
 
 
 def _check_task(task: Task, wanted: str) -> None:

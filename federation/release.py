@@ -8,6 +8,7 @@ from typing import Final
 
 from atoll.federation.plan import Plan
 from atoll.federation.riders import Riders
+from atoll.privacy import modes
 from atoll.privacy.errors import BadParameters
 from atoll.privacy.update import UpdateSpec
 
@@ -68,8 +69,9 @@ def check(plan: Plan) -> None:
 
 
 def check_population(plan: Plan, trainers: int) -> None:
-    """Raise :class:`BadParameters` for what promises nothing to a fleet of ``trainers``."""
+    """Raise :class:`BadParameters` for what cannot work in, or protect, ``trainers`` devices."""
     delta, rate = plan.privacy.delta, plan.cohort.sampling_rate
+    modes.check_parties(plan.privacy.mode, update_spec(plan, plan.privacy.clip_norm), trainers)
     if plan.privacy.noise_multiplier and delta * trainers >= 1:
         raise BadParameters(
             f"privacy.delta = {delta:g} allows to give one of {trainers} devices away in full; "

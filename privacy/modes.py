@@ -75,6 +75,11 @@ def check(mode: str, update: UpdateSpec, length: int, parties: int) -> None:
     ``length`` is the number of model parameters, ``parties`` the size of the cohort.
     """
     update.room(length)
+    check_parties(mode, update, parties)
+
+
+def check_parties(mode: str, update: UpdateSpec, parties: int) -> None:
+    """Raise :class:`BadParameters` for sums that could not work whatever the model's size."""
     if not update.survivors <= parties:
         raise BadParameters(
             f"{update.survivors} survivors are needed and the cohort has {parties} devices"
@@ -86,9 +91,7 @@ def check(mode: str, update: UpdateSpec, length: int, parties: int) -> None:
         return
     if update.survivors < 2:
         raise BadParameters("a sum of one term hides nothing; set cohort.min_devices to 2 or more")
-    spec = SumSpec(
-        RoundKey("check", 0), length + update.riders, update.bound, parties, update.survivors
-    )
+    spec = SumSpec(RoundKey("check", 0), 1, update.bound, parties, update.survivors)
     if mode == "secagg":
         Ring.of(spec)
         return

@@ -81,6 +81,7 @@ def fleet(
     devices: int,
     tasks: Mapping[str, Blobs] | None = None,
     sums: Callable[[str, PartySum], PartySum] = lambda _, party: party,
+    least_noise: Mapping[str, float] = {},
 ) -> Fleet:
     """Return a fleet of ``devices``: all train, all evaluate."""
     now = datetime.now(UTC)
@@ -103,6 +104,7 @@ def fleet(
             write(folder / name, number),
             lambda mode, me=me, name=name: sums(name, party_session(mode, me)),
             {"echo": bytes.upper},
+            least_noise=least_noise.get(name, 0.0),
         )
     cohort = rounds.Cohort(members, sorted(members), sorted(members))
     return Fleet(InProcessGrid(apps), cohort)

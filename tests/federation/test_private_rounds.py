@@ -286,3 +286,19 @@ def test_what_cannot_be_is_refused_before_anything_is_charged(tmp_path: Path) ->
         with pytest.raises(BadParameters, match=says):
             here.run(plan, charge=charged.append)
     assert charged == []
+
+
+@pytest.mark.parametrize(
+    ("noise", "refusing"), [("distributed", {"device-2"}), ("central", {"device-2", "device-3"})]
+)
+def test_a_device_trains_only_where_as_much_noise_is_added_as_it_asks(
+    tmp_path: Path, noise: str, refusing: set[str]
+) -> None:
+    asked = {"device-2": 0.6, "device-3": 0.5}
+    reports: list[RoundReport] = []
+    plan = varied(
+        plan_of(count=1, least=1, noise=0.5), privacy={"noise": noise}, cohort={"min_devices": 1}
+    )
+    fleet(tmp_path, 3, least_noise=asked).run(plan, on_round=reports.append)
+    assert set(reports[0].dropped) == refusing
+    assert "noise of multiplier 0.6 or more" in reports[0].dropped["device-2"]
