@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import msgspec
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -50,24 +51,28 @@ def report(rows: Sequence[Row], as_json: bool) -> int:  # noqa: FBT001 -- one fl
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table("case", "metric")
-    for name in ("ours", "peer", "ratio", "goal"):
-        table.add_column(name, justify="right")
-    table.add_column("met")
+    table = Table("case", "metric", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("ours", "goal", "peer's", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("peer")
+    table.add_column("met", no_wrap=True)
     for row in rows:
         table.add_row(
             escape(row.case),
             escape(row.metric),
             _number(row.ours, row.unit),
-            ""
-            if row.peer is None
-            else f"{_number(row.peer, row.unit)} {escape(row.peer_name or '')}",
-            "" if row.ratio is None else f"{row.ratio:.3g}×",
             "" if row.goal is None else _number(row.goal, row.unit),
+            "" if row.peer is None else _number(row.peer, row.unit),
+            "" if row.ratio is None else f"{_digits(row.ratio)}×",
+            escape(row.peer_name or ""),
             {None: "", True: "yes", False: "[bold red]no[/]"}[row.met],
         )
     return table
 
 
 def _number(value: float, unit: str) -> str:
-    return f"{value:,.4g} {unit}"
+    return f"{_digits(value)} {unit}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
