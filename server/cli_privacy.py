@@ -136,7 +136,7 @@ def show(
                 account["charges"],
                 _number(account["epsilon"]),
                 _number(account["epsilon_rdp"]),
-                "none" if account["budget"] is None else _number(account["budget"]),
+                "" if account["budget"] is None else _number(account["budget"]),
                 "" if account["budget"] is None else _number(_left(account)),
                 f"{account['delta']:g}",
                 account["method"],
@@ -151,7 +151,7 @@ def show(
 
 def _put_burn_down(account: dict[str, Any]) -> None:
     spent = [(n, epsilon) for n, epsilon in account["curve"] if epsilon is not None]
-    if not spent:
+    if len(spent) < 2:  # the table says as much
         return
     whose = f"{account['population']}, per {account['unit']}"
     budget = account["budget"]

@@ -1,6 +1,7 @@
 """``atoll privacy``: reckoned without a hub, and read from a real one."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import insert
 from typer.testing import CliRunner
 
 from atoll.privacy.accounting import gaussian_epsilon
@@ -15,6 +17,7 @@ from atoll.privacy.ledger import Gaussian, Ledger, Unnoised
 from atoll.server.cli import app
 from atoll.server.cli_plot import put_plot, ticks
 from atoll.server.ledger_store import SqlLedgerStore
+from atoll.server.schema import runs
 
 THOUSAND = ["--population", "1000", "--cohort", "100", "--rounds", "100", "--delta", "1e-6"]
 SMALL = ["--cohort", "1", "--rounds", "1", "--epsilon", "1"]
@@ -163,7 +166,8 @@ def charged(running):
     held = SqlLedgerStore(context.store, context.clock)
     for number in range(1, 4):
         Ledger(held, "cli-knee", None, 1e-5).charge(f"k/{number}", Gaussian(8.0))
-    Ledger(held, "cli-knee", None, 1e-5, "row").charge("rows/1", Gaussian(20.0))
+    for number in range(1, 3):
+        Ledger(held, "cli-knee", None, 1e-5, "row").charge(f"rows/{number}", Gaussian(20.0))
     Ledger(held, "cli-plain", None, 1e-5).charge("p/1", Unnoised())
     return ["--data", str(context.settings.data)]
 
@@ -172,10 +176,40 @@ def test_what_is_spent_is_shown_by_population_and_unit(charged):
     said = atoll("privacy", "show", "cli-knee", *charged)
     assert said.exit_code == 0, said.stderr
     rows = [line.split() for line in said.stdout.splitlines() if line.startswith("cli-knee ")]
-    assert [row[:3] for row in rows] == [["cli-knee", "device", "3"], ["cli-knee", "row", "1"]]
+    assert [row[:3] for row in rows] == [["cli-knee", "device", "3"], ["cli-knee", "row", "2"]]
     assert "cli-knee, per device: ε spent" in said.stdout
     assert "cli-knee, per row: ε spent" in said.stdout
     assert "cli-plain" not in said.stdout
+
+
+def test_a_limit_burns_down(running, charged):
+    with running.hub.context.store.begin() as connection:
+        connection.execute(
+            insert(runs).values(
+                id="cli-burn",
+                plan='name = "b"\ntask = "spar"\nmodel = "b"\n[privacy]\nbudget_epsilon = 4.0\n',
+                name="b",
+                model="cli-burning",
+                state="failed",
+                created_at=1.0,
+                created_by="test",
+                metrics={},
+            )
+        )
+    held = SqlLedgerStore(running.hub.context.store, running.hub.context.clock)
+    for number in (1, 2):
+        Ledger(held, "cli-burning", 4.0, 1e-5).charge(f"cli-burn/{number}", Gaussian(8.0))
+    said = atoll("privacy", "show", "cli-burning", *charged)
+    assert said.exit_code == 0, said.stderr
+    assert "cli-burning, per device: ε left of 4" in said.stdout
+    (row,) = [line.split() for line in said.stdout.splitlines() if line.startswith("cli-burning ")]
+    epsilon = gaussian_epsilon(math.sqrt(2) / 8, 1e-5)
+    assert row[3] == f"{epsilon:.4g}"
+    assert row[5:7] == ["4", f"{4 - epsilon:.4g}"]
+    # The line begins at the limit, above the first mark below it.
+    lines = said.stdout.splitlines()
+    top = next(i for i, line in enumerate(lines) if line.lstrip().startswith("4┤"))
+    assert "\N{BRAILLE PATTERN BLANK}" < lines[top].partition("┤")[2][0] < "⣿"
 
 
 def test_a_ledger_in_json_is_the_apis(charged):
