@@ -77,11 +77,15 @@ class Ring:
 
     def pack(self, values: Integers) -> Words:
         """Return the words of ``values``, int64 ``(length,)``; modulo 2**64, not yet the ring's."""
-        if self.per_word == 1:
-            return values.copy().view(np.uint64)
+        return self._join(self._digits(values))
+
+    def _digits(self, values: Integers) -> Integers:
+        """Return ``values`` as ``(per_word, words)``, zeros behind them."""
         missing = self.words * self.per_word - self.length
         full = np.pad(values, (0, missing)) if missing else values
-        digits = full.reshape(self.per_word, self.words)
+        return full.reshape(self.per_word, self.words)
+
+    def _join(self, digits: Integers) -> Words:
         words: Integers = digits[0].copy()
         for place in range(1, self.per_word):
             words += digits[place] * np.int64(self.radix**place)
@@ -102,11 +106,16 @@ class Ring:
             left = rest
         return digits.reshape(-1)[: self.length]
 
-    def to_bytes(self, words: Words) -> bytes:
-        """Return the wire form of ``words``."""
-        return b"".join(
-            (words >> np.uint64(plane.shift)).astype(plane.dtype).tobytes() for plane in self.planes
-        )
+    def masked(self, values: Integers, masks: Iterable["Mask"]) -> bytes:
+        """Return the wire form of ``values``, int64 ``(length,)``, under ``masks``."""
+        digits, masking = self._digits(values), _Masking(self, masks)
+        planes = [np.empty(self.words, dtype=plane.dtype) for plane in self.planes]
+        for start in range(0, self.words, _CHUNK):
+            words = self._join(digits[:, start : start + _CHUNK])
+            masking.add(words)
+            for plane, out in zip(self.planes, planes, strict=True):
+                out[start : start + _CHUNK] = words >> np.uint64(plane.shift)
+        return b"".join(out.tobytes() for out in planes)
 
 
 class _Plane(NamedTuple):
@@ -149,22 +158,34 @@ class Mask(NamedTuple):
 
 
 def add_masks(words: Words, ring: Ring, masks: Iterable[Mask]) -> None:
-    """Add masks to ``words`` in place: AES-256 in counter mode under each key, plane by plane."""
-    planes = ring.planes
-    streams = [(mask.negative, _streams(mask.key, len(planes))) for mask in masks]
-    zeros = bytes(_CHUNK * MAX_BYTES)
-    drawn = bytearray(len(zeros) + _BLOCK)
+    """Add masks to ``words`` in place."""
+    masking = _Masking(ring, masks)
     for start in range(0, ring.words, _CHUNK):
-        chunk = words[start : start + _CHUNK]
-        sums = [chunk, *_zeros(ring, chunk.size)[1:]]
-        for negative, encryptors in streams:
-            change = np.subtract if negative else np.add
+        masking.add(words[start : start + _CHUNK])
+
+
+class _Masking:
+    """Masks, a stretch of words at a time: AES-256 in counter mode by key, plane by plane."""
+
+    def __init__(self, ring: Ring, masks: Iterable[Mask]) -> None:
+        self._ring = ring
+        self._streams = [
+            (np.subtract if mask.negative else np.add, _streams(mask.key, len(ring.planes)))
+            for mask in masks
+        ]
+        self._zeros = memoryview(bytes(_CHUNK * MAX_BYTES))
+        self._drawn = bytearray(len(self._zeros) + _BLOCK)
+
+    def add(self, words: Words) -> None:
+        """Add the next stretch of every mask to ``words``, at most a chunk, in place."""
+        planes, size = self._ring.planes, words.size
+        sums = [words, *_zeros(self._ring, size)[1:]]
+        for change, encryptors in self._streams:
             for plane, encryptor, total in zip(planes, encryptors, sums, strict=True):
-                size = chunk.size * plane.dtype.itemsize
-                encryptor.update_into(memoryview(zeros)[:size], drawn)
-                change(total, np.frombuffer(drawn, plane.dtype, chunk.size), out=total)
+                encryptor.update_into(self._zeros[: size * plane.dtype.itemsize], self._drawn)
+                change(total, np.frombuffer(self._drawn, plane.dtype, size), out=total)
         for plane, total in zip(planes[1:], sums[1:], strict=True):
-            chunk += total.astype(np.uint64) << np.uint64(plane.shift)
+            words += total.astype(np.uint64) << np.uint64(plane.shift)
 
 
 def _zeros(ring: Ring, size: int) -> "list[npt.NDArray[Any]]":

@@ -38,7 +38,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from atoll.privacy import agreement, frames, graph, shamir, terms, wrapping
 from atoll.privacy.errors import BadParameters, Refused
 from atoll.privacy.frames import Frame
-from atoll.privacy.ring import Mask, Ring, add_masks
+from atoll.privacy.ring import Mask, Ring
 from atoll.privacy.sums import CONTRIBUTE, Integers, RoundKey, SumSpec
 from atoll.privacy.wrapping import PartyIdentity, PeerLike
 
@@ -304,12 +304,10 @@ class SecaggParty:
             if len(pieces) == _PIECES:
                 own.pieces[name] = pieces
         own.sharers, own.context = tuple(sharers), sum_context(gathering, sharers, spec)
-        words = ring.pack(values)
-        add_masks(words, ring, [Mask(seed_mask(bytes(own.seed), own.context)), *_pairs(own, near)])
+        masks = [Mask(seed_mask(bytes(own.seed), own.context)), *_pairs(own, near)]
+        masked = ring.masked(values, masks)
         following = RoundKey(spec.key.run, spec.key.round + 1)
-        reply = self._reply(
-            spec.key, CONTRIBUTE, [ring.to_bytes(words), self._advertise(following)]
-        )
+        reply = self._reply(spec.key, CONTRIBUTE, [masked, self._advertise(following)])
         self._answered.remember(spec, payload, reply)
         return reply
 

@@ -239,14 +239,18 @@ class SecaggHub:
         masked, advert = frame.parts
         self._sum.add(masked)
         self._survivors.append(party)
-        with suppress(Refused):
-            self._check_advert(self._following.key, party, advert)
-            self._following.adverts[party] = advert
+        self._following.adverts[party] = advert
 
     # agree
 
     def _ask_agreement(self) -> Ask:
-        ahead = self._share_asks(self._following) if len(self._following.adverts) > 1 else {}
+        adverts = self._following.adverts
+        for party, advert in list(adverts.items()):
+            try:
+                self._check_advert(self._following.key, party, advert)
+            except Refused:
+                del adverts[party]
+        ahead = self._share_asks(self._following) if len(adverts) > 1 else {}
         key = self._following.key
         parts = {
             party: frames.pack({**head, **frames.address(key, SHARE, party)}, shown)

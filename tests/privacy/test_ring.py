@@ -37,9 +37,7 @@ def test_a_sum_of_masked_words_is_the_word_of_the_sum(data):
     keys = [data.draw(st.binary(min_size=32, max_size=32)) for _ in range(parties)]
     total = RunningSum(ring)
     for value, key in zip(values, keys, strict=True):
-        words = ring.pack(value)
-        add_masks(words, ring, [Mask(key)])
-        sent = ring.to_bytes(words)
+        sent = ring.masked(value, [Mask(key)])
         assert len(sent) == ring.size
         total.add(sent)
     words = total.words()
@@ -64,9 +62,8 @@ def test_every_choice_of_bytes_and_digits_holds_the_largest_sum():
                 continue
             ring = ring_for(3, bound, parties)
             total = RunningSum(ring)
-            words = ring.pack(np.full(3, -bound, dtype=np.int64))
             for _ in range(parties):
-                total.add(ring.to_bytes(words))
+                total.add(ring.masked(np.full(3, -bound, dtype=np.int64), []))
             assert ring.unpack(total.words()).tolist() == [-bound * parties] * 3
 
 
@@ -86,10 +83,10 @@ def test_a_mask_is_aes_in_counter_mode_by_planes():
 
 def test_opposite_masks_cancel_over_many_chunks():
     ring = ring_for(300_001, 100, 3)
-    words = np.arange(ring.words, dtype=np.uint64)
-    before = ring.to_bytes(words)
-    add_masks(words, ring, [Mask(bytes(32)), Mask(bytes(32), negative=True)])
-    assert ring.to_bytes(words) == before
+    values = np.arange(ring.length, dtype=np.int64) % 100
+    both = [Mask(bytes(32)), Mask(bytes(32), negative=True)]
+    assert ring.masked(values, both) == ring.masked(values, [])
+    assert ring.masked(values, both[:1]) != ring.masked(values, [])
 
 
 def test_a_vector_of_another_size_is_refused():
