@@ -28,9 +28,9 @@ lint: ## style, types, import rule
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: ## measure what is claimed about speed and size, beside its peers; NAME=secure_sum alone
+bench: ## measure what is claimed about speed and size, beside its peers; NAME=noise: that one alone
 	@$(PYTHON) .ci/setup.py all test
-	@for name in $(or $(NAME),secure_sum); do COLUMNS=200 $(BIN)/python -m benchmarks.$$name || exit 1; done
+	@for name in $(or $(NAME),noise secure_sum private_round); do COLUMNS=200 $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 build: ## wheel and sdist into dist/
 	@$(PYTHON) .ci/setup.py all test

@@ -115,12 +115,12 @@ def _of(connection: Connection, population: str, delta: float | None) -> list[Ac
 def _terms(connection: Connection, population: str, unit: Unit, charge: str) -> Terms:
     """Return the terms of the run that was charged last.
 
-    A charge names its run. Where no run is found, and for other units than devices, for whom a
-    plan sets no limit, the defaults of a plan stand.
+    A charge names its run. Where no run is found, and for served rows, for whom a plan sets no
+    limit, the defaults of a plan stand.
     """
     r, o = schema.runs.c, schema.rounds.c
     defaults = Terms(Privacy().delta)
-    if unit != "device":
+    if unit == "row":
         return defaults
     recent = rows(connection, select(r.id, r.plan, r.model, r.name).order_by(r.created_at.desc()))
     mine = next((run for run in recent if run["id"] in charge), None) or next(
@@ -135,6 +135,9 @@ def _terms(connection: Connection, population: str, unit: Unit, charge: str) -> 
         wanted = loads(mine["plan"]).privacy
     except BadPlan:  # of another version
         return Terms(defaults.delta, None, cohort)
+    if unit == "example":
+        asked = wanted.examples
+        return defaults if asked is None else Terms(asked.delta, asked.budget_epsilon, None)
     return Terms(wanted.delta, wanted.budget_epsilon, cohort)
 
 
