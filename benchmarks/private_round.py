@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
-from atoll.privacy.modes import MODES, Mode
+from atoll.privacy.mode import MODES, Mode
 from atoll.simulations.demo import UNSEEN, name_of, plan_text
 from atoll.simulations.local_fleet import LocalFleet
 from atoll.simulations.spar import PEOPLE, split_people

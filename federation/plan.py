@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from atoll.federation.errors import BadPlan
-from atoll.privacy.modes import Mode
+from atoll.privacy.mode import Mode
 
 Positive = Annotated[int, Meta(ge=1)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]

@@ -1,9 +1,10 @@
 """The sum protocols by name: which one a plan asks for, and whether it can work."""
 
 from collections.abc import Mapping, Sequence
-from typing import Final, Literal, Protocol, get_args
+from typing import Protocol
 
 from atoll.privacy.errors import BadParameters
+from atoll.privacy.mode import MODES, Mode
 from atoll.privacy.plain import PlainHubSession, PlainParty
 from atoll.privacy.ring import Ring
 from atoll.privacy.secagg import SecaggParty
@@ -22,10 +23,6 @@ __all__ = [
     "hub_session",
     "party_session",
 ]
-
-Mode = Literal["plain", "he", "secagg"]
-
-MODES: Final[tuple[Mode, ...]] = get_args(Mode)
 
 
 class HubSession(Protocol):

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from atoll.federation import plan as plans
 from atoll.federation.task import Examples
-from atoll.privacy.modes import MODES, Mode
+from atoll.privacy.mode import MODES, Mode
 from atoll.server.errors import HubError
 from atoll.simulations import demo_report
 from atoll.simulations.local_fleet import FleetFailed, LocalFleet

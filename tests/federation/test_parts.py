@@ -127,7 +127,7 @@ def test_weights_of_another_model_are_refused() -> None:
 
 def test_a_plan_names_the_field_at_fault() -> None:
     text = 'name = "p"\ntask = "t"\nmodel = "m"\n'
-    assert plan.loads(text).privacy.mode == "he"
+    assert plan.loads(text).privacy.mode == "secagg"
     with pytest.raises(BadPlan, match="rounds"):
         plan.loads(text + "rounds = 0\n")
     with pytest.raises(BadPlan, match="nonsense"):
