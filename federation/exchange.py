@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 from atoll.federation import messages
 
-FASTEST_POLL: Final = 0.1
+FASTEST_POLL: Final = 0.05
 SLOWEST_POLL: Final = 0.5
 POLL_SHARE: Final = 1 / 3
 _EXTRA_LIFE: Final = 5.0

@@ -1,14 +1,13 @@
 """Flower's hub side: what Atoll needs of its internals, in one place.
 
 With the device side (:mod:`atoll.federation.warm_node` over
-:mod:`atoll.federation.fleet_client`) and :mod:`atoll.federation.superlink` this is all that
-touches flwr beyond its public API; a contract test runs them against a real SuperLink. Written
-for flwr 1.41 (Message API, protobuf over HTTP).
+:mod:`atoll.federation.fleet_client`), the ServerApp's (:mod:`atoll.federation.bundled_grid`) and
+:mod:`atoll.federation.superlink` this is all that touches flwr beyond its public API; a contract
+test runs them against a real SuperLink. Written for flwr 1.41 (Message API, protobuf over HTTP).
 
     superlink_command(...) / superexec_command(...) -> Program(argv, env)
     SuperLinkAdmin(address, ca_pem): ready, register_node, unregister_node, start_run,
                                      run_status, stop_run, close
-    prompt_grid()             in a ServerApp's process, before its first message
     claim_run, answer         shared by the in-process engine and the warm node
 
 The SuperLink listens on loopback with TLS, admits registered node keys only, runs ServerApps
@@ -17,7 +16,6 @@ them, so that an external SuperLink works alike), installs nothing at run time a
 nothing home.
 """
 
-import functools
 import hashlib
 import os
 import ssl
@@ -56,8 +54,6 @@ _QUIET: Final = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
-_UPLOAD_PATIENCE: Final = 30.0
-"""Seconds that a reply's missing parts hold up the server side before it is an error."""
 
 
 class Program(NamedTuple):
@@ -228,21 +224,6 @@ class _Control(ControlHttpClient):
         super().__init__(base_url, verify=verify)
         self._client.close()
         self._client = httpx.Client(verify=verify, timeout=30.0, trust_env=False)
-
-
-def prompt_grid() -> None:
-    """Let this process's HTTP grid look again for missing parts of a reply at once.
-
-    Flower waits a second and then up to 180 for a reply whose parts are still being uploaded,
-    holding up everyone else's.
-    """
-    from flwr.supercore.inflatable.inflatable_utils import pull_objects
-    from flwr.superlink.grid import http_grid
-
-    prompt = functools.partial(
-        pull_objects, initial_backoff=0.05, backoff_cap=0.5, max_time=_UPLOAD_PATIENCE
-    )
-    vars(http_grid)["pull_objects"] = prompt
 
 
 def claim_run(run_id: int) -> None:

@@ -6,17 +6,18 @@ Two things are different here, and nothing else:
 
 - For calls of devices and ServerApps, whose answers are short, the same middlewares are called
   as plain functions of the request.
-- Two calls bundle others for a device, with the same checks and the same handlers:
+- Calls bundle others, with the same checks and the same handlers. For a device
   :data:`FETCH` waits for a message for at most :data:`WAIT_SECONDS` and returns it with its
-  parts; :data:`SEND` takes a reply with its parts. A device that finds a stock SuperLink makes
-  the single calls.
+  parts, and :data:`SEND` takes a reply with its parts; for a ServerApp :data:`FETCH_ALL` and
+  :data:`SEND_ALL` do the same with many messages. Who finds a stock SuperLink makes the single
+  calls.
 
     python -m atoll.federation.superlink [options of flower-superlink]
 """
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest
@@ -25,6 +26,7 @@ from flwr.proto.message_pb2 import (
     PullObjectRequest,
     PushObjectRequest,
 )
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesRequest
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable.inflatable_object import get_object_id, iterate_object_tree
 from google.protobuf.message import DecodeError
@@ -40,6 +42,9 @@ from atoll.privacy.errors import Refused
 FETCH: Final = "fetch-message"
 SEND: Final = "send-message"
 BUNDLED: Final = (FETCH, SEND)
+"""What a device may call."""
+FETCH_ALL: Final = "fetch-messages"
+SEND_ALL: Final = "send-messages"
 
 WAIT_SECONDS: Final = 1.0
 _LOOK_SECONDS: Final = 0.03
@@ -48,7 +53,13 @@ _PARTS_SECONDS: Final = 5.0
 
 _SHORT: Final = ("/v1/fleet/", "/v1/runtime/")
 
-_Request = TypeVar("_Request", PullMessagesRequest, PushMessagesRequest)
+_Request = TypeVar(
+    "_Request",
+    PullMessagesRequest,
+    PushMessagesRequest,
+    PullAppMessagesRequest,
+    PushAppMessagesRequest,
+)
 
 _through_a_stream = BaseHTTPMiddleware.__call__
 
@@ -140,10 +151,7 @@ async def send(request: Request) -> Response:
     from flwr.superlink.dependencies.linkstate import get_linkstate
     from flwr.superlink.servicer.fleet import fleet_handlers
 
-    try:
-        envelope, *parts = frames.unpack(await request.body()).parts
-    except (Refused, ValueError) as error:
-        raise _malformed(error) from error
+    envelope, parts = _unbundled(await request.body())
     pushed = await _authenticated(request, envelope, PushMessagesRequest)
     state = get_linkstate(request)
 
@@ -169,17 +177,86 @@ async def send(request: Request) -> Response:
     return Response(await run_in_threadpool(store))
 
 
+async def fetch_all(request: Request) -> Response:
+    """Return a :class:`PullAppMessagesResponse` and the parts of its messages in tree order.
+
+    Messages whose parts have all come are confirmed as received; a part that has not is empty.
+    """
+    body = await request.body()
+
+    def found() -> bytes:
+        state, handlers, task = _app(request)
+        asked = _parsed(body, PullAppMessagesRequest)
+        answer = handlers.pull_messages(asked, state, task)
+        parts: list[bytes] = []
+        deadline = time.monotonic() + _PARTS_SECONDS
+        for tree in answer.message_object_trees:
+            names = [part.object_id for part in iterate_object_tree(tree)]
+            here = [state.get_object(task.run_id, name) or b"" for name in names]
+            while not all(here) and time.monotonic() < deadline:
+                time.sleep(_LOOK_SECONDS)
+                here = [state.get_object(task.run_id, name) or b"" for name in names]
+            if all(here):
+                state.object_store.delete(tree.object_id)
+            parts += here
+        return frames.pack({}, [answer.SerializeToString(), *parts])
+
+    return Response(await run_in_threadpool(found))
+
+
+async def send_all(request: Request) -> Response:
+    """Take a :class:`PushAppMessagesRequest` and the parts of its messages; return the answer."""
+    body = await request.body()
+
+    def store() -> bytes:
+        state, handlers, task = _app(request)
+        envelope, parts = _unbundled(body)
+        answer = handlers.push_messages(_parsed(envelope, PushAppMessagesRequest), state, task)
+        wanted = set(answer.objects_to_push)
+        for part in parts:
+            name = get_object_id(part)
+            if name in wanted:
+                state.store_object(task.run_id, answer.session_id, name, part)
+        return bytes(answer.SerializeToString())
+
+    return Response(await run_in_threadpool(store))
+
+
+def _app(request: Request) -> tuple[Any, Any, Any]:
+    """Return flwr's state and handlers, and the task that the caller's token is for."""
+    from flwr.supercore.constant import TASK_TOKEN_HEADER
+    from flwr.supercore.dependencies.runtime import get_runtime_handlers, get_runtime_state
+    from flwr.supercore.dependencies.task import authenticate_task
+
+    state = get_runtime_state(request)
+    task = authenticate_task(request, request.headers.get(TASK_TOKEN_HEADER), state)
+    return state, get_runtime_handlers(request), task
+
+
 async def _authenticated(request: Request, body: bytes, kind: Callable[[], _Request]) -> _Request:
     """Parse a request and check the node's signature, as flwr's own middlewares do."""
     from flwr.superlink.routers.fleet.node_auth import authenticate_node
 
+    message = _parsed(body, kind)
+    request.state.protobuf_request = message
+    await run_in_threadpool(authenticate_node, request)
+    return message
+
+
+def _unbundled(body: bytes) -> tuple[bytes, Sequence[bytes]]:
+    try:
+        envelope, *parts = frames.unpack(body).parts
+    except (Refused, ValueError) as error:
+        raise _malformed(error) from error
+    return envelope, parts
+
+
+def _parsed(body: bytes, kind: Callable[[], _Request]) -> _Request:
     message = kind()
     try:
         message.ParseFromString(body)
     except DecodeError as error:
         raise _malformed(error) from error
-    request.state.protobuf_request = message
-    await run_in_threadpool(authenticate_node, request)
     return message
 
 
@@ -197,8 +274,13 @@ def main() -> None:
 
     def create_app(*arguments: Any) -> Any:  # noqa: ANN401 -- flwr's own
         app = stock(*arguments)
-        for name, handler in ((FETCH, fetch), (SEND, send)):
-            app.add_route(f"/v1/fleet/{name}", handler, methods=["POST"])
+        for path, handler in (
+            (f"/v1/fleet/{FETCH}", fetch),
+            (f"/v1/fleet/{SEND}", send),
+            (f"/v1/runtime/{FETCH_ALL}", fetch_all),
+            (f"/v1/runtime/{SEND_ALL}", send_all),
+        ):
+            app.add_route(path, handler, methods=["POST"])
         return app
 
     superlink.create_app = create_app  # type: ignore[assignment]

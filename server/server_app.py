@@ -16,11 +16,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from sqlalchemy import Connection, select, update
 
+from atoll.federation.bundled_grid import BundledGrid
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.cohort import Cohort, Member
 from atoll.federation.errors import FederationError, RoundFailed
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock
-from atoll.federation.flower import prompt_grid
 from atoll.federation.plan import Plan, loads
 from atoll.federation.task import Task, find
 from atoll.fleet.errors import FleetError
@@ -46,13 +46,12 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the plan that the hub started."""
-    prompt_grid()
     settings = Settings(
         data=Path(os.environ["ATOLL_DATA"]), database=os.environ.get("ATOLL_DATABASE") or None
     )
     store = Store(settings.database_url)
     try:
-        execute(grid, store, settings, str(context.run_config[RUN_KEY]))
+        execute(BundledGrid(grid), store, settings, str(context.run_config[RUN_KEY]))
     finally:
         store.close()
 

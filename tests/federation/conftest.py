@@ -6,6 +6,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -144,7 +145,26 @@ class Hub:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    folder = tmp_path_factory.mktemp("hub")
+    with made(tmp_path_factory.mktemp("hub"), lambda link: link) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def stock_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """The same with flwr's own SuperLink, as somebody may have it elsewhere."""
+
+    def stock(link: Program) -> Program:
+        script = Path(sysconfig.get_path("scripts")) / "flower-superlink"
+        options = link.argv[link.argv.index("--host") :]
+        return Program([str(script), *options], link.env)
+
+    with made(tmp_path_factory.mktemp("stock"), stock) as hub:
+        yield hub
+
+
+@contextmanager
+def made(folder: Path, choose: Callable[[Program], Program]) -> Iterator[Hub]:
+    """Run the hub's Flower parts, with the SuperLink that ``choose`` makes of ours."""
     now = datetime.now(UTC)
     authority = Authority.create("Atoll test", now)
     key, certificate = authority.issue_server(["localhost"], ["127.0.0.1"], now)
@@ -156,7 +176,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         port = probe.getsockname()[1]
     address = f"127.0.0.1:{port}"
     home = folder / "flower"
-    link = superlink_command("127.0.0.1", port, tls, home)
+    link = choose(superlink_command("127.0.0.1", port, tls, home))
     executor = superexec_command(address, tls.ca, home, os.getpid())
     admin = SuperLinkAdmin(address, authority.cert_pem)
     more = {"PYTHONPATH": str(HERE), "CONTRACT_FOLDER": str(folder)}

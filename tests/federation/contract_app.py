@@ -10,8 +10,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from atoll.federation import parameters, plan, rounds
+from atoll.federation.bundled_grid import BundledGrid
 from atoll.federation.evaluation import ask, evaluate
-from atoll.federation.flower import prompt_grid
 from atoll.privacy.modes import hub_session
 
 app = ServerApp()
@@ -19,7 +19,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    prompt_grid()
+    grid = BundledGrid(grid)
     folder = Path(os.environ["CONTRACT_FOLDER"])
     job = json.loads((folder / f"{context.run_config['job']}.json").read_text())
     the_plan = plan.loads(job["plan"])

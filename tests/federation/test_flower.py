@@ -35,7 +35,11 @@ def app(tmp_path: Path) -> object:
     return client_app.build(Blobs(), tmp_path, lambda _: PlainParty("x"), {})
 
 
-def test_an_encrypted_run_completes_without_a_killed_node(hub: Hub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("superlink", ["hub", "stock_hub"])
+def test_an_encrypted_run_completes_without_a_killed_node(
+    superlink: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    hub: Hub = request.getfixturevalue(superlink)
     nodes, data, identities = {}, {}, {}
     for number, device in enumerate(["one", "two", "three"]):
         identities[device], mine = hub.identity(device)
@@ -68,6 +72,8 @@ def test_an_encrypted_run_completes_without_a_killed_node(hub: Hub, tmp_path: Pa
     assert set(rounds[1]["dropped"]) == {"three"}
     assert result["rows"] == {"one": 60, "two": 60}
     assert result["answers"] == {"one": "PING", "two": "PING"}
+    bundled = 'POST /v1/runtime/send-messages HTTP/1.1" 200'
+    assert (bundled in (hub.folder / "superlink.log").read_text()) == (superlink == "hub")
     spent = re.findall(
         r"^(\S+): ([0-9.]+) s to fetch", (hub.folder / "one.log").read_text(), re.MULTILINE
     )

@@ -1,0 +1,194 @@
+"""Flower's grid over HTTP, a request for many messages instead of several for each.
+
+    grid = BundledGrid(grid)        # what a ServerApp was given
+
+The embedded SuperLink takes and gives messages with all of their parts
+(:mod:`atoll.federation.superlink`). With a stock one flwr's own grid does the work, a request
+for each part, but looks again for parts that are still being uploaded at once: it would wait a
+second and then up to 180, holding up everyone else's.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, cast
+
+import httpx
+from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.app.message import make_message, remove_content_from_message
+from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
+from flwr.proto.runtime_pb2 import (
+    PullAppMessagesRequest,
+    PullAppMessagesResponse,
+    PushAppMessagesRequest,
+    PushAppMessagesResponse,
+)
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    inflate_object_from_contents,
+    pull_objects,
+)
+from flwr.supercore.protobuf.client import ProtobufRequestContext
+from flwr.supercore.run import Run
+from flwr.superlink.grid import http_grid
+from google.protobuf.message import Message as ProtobufMessage
+
+from atoll.federation.superlink import FETCH_ALL, SEND_ALL
+from atoll.privacy import frames
+
+_UPLOAD_PATIENCE: Final = 30.0
+"""Seconds that a reply's missing parts hold up the server side before it is an error."""
+_OCTETS: Final = {"content-type": "application/octet-stream"}
+
+_promptly = functools.partial(
+    pull_objects, initial_backoff=0.05, backoff_cap=0.5, max_time=_UPLOAD_PATIENCE
+)
+
+
+class BundledGrid(Grid):
+    """A grid over the one that flwr gave its ServerApp."""
+
+    def __init__(self, inner: Grid) -> None:
+        # What it does beyond the interface is flwr's HttpGrid alone.
+        self._inner: Any = inner
+        self._bundled = isinstance(inner, http_grid.HttpGrid)
+        vars(http_grid)["pull_objects"] = _promptly
+
+    def set_run(self, run: Run) -> None:
+        """Set the run."""
+        self._inner.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """Return the run."""
+        return cast("Run", self._inner.run)
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a message; Flower prefers its constructor."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the connected nodes."""
+        return cast("Iterable[int]", self._inner.get_node_ids())
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; return their ids, empty where one was not taken."""
+        sent = list(messages)
+        if sent and self._bundled:
+            with no_object_id_recompute():
+                request, objects = _outgoing(sent)
+                parts = [part.deflate() for part in objects.values()]
+            body = frames.pack({}, [request.SerializeToString(), *parts])
+            answer = self._call(SEND_ALL, body, request)
+            if answer is not None:
+                return list(PushAppMessagesResponse.FromString(answer).message_ids)
+        return cast("Iterable[str]", self._inner.push_messages(sent))
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies there are to ``message_ids``, each once."""
+        wanted = list(message_ids)
+        if self._bundled:
+            request = PullAppMessagesRequest(message_ids=wanted)
+            answer = self._call(FETCH_ALL, request.SerializeToString(), request)
+            if answer is not None:
+                head, *parts = frames.unpack(answer).parts
+                return self._incoming(PullAppMessagesResponse.FromString(head), parts)
+        return cast("Iterable[Message]", self._inner.pull_messages(wanted))
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Push and pull as flwr does, a look every three seconds."""
+        return cast("Iterable[Message]", self._inner.send_and_receive(messages, timeout=timeout))
+
+    def _call(self, name: str, body: bytes, message: ProtobufMessage) -> bytes | None:
+        """Make a bundled call; none, and none any more, where it is not known."""
+        client = self._inner._runtime_client  # noqa: SLF001 -- see the module's docstring
+
+        def send() -> httpx.Response:
+            url = f"{client._base_url}/v1/runtime/{name}"  # noqa: SLF001
+            request = client._client.build_request("POST", url, content=body, headers=_OCTETS)  # noqa: SLF001
+            found: httpx.Response = client._send(ProtobufRequestContext(name, message, request))  # noqa: SLF001
+            if found.status_code != httpx.codes.NOT_FOUND:
+                found.raise_for_status()
+            return found
+
+        # As flwr's own calls: a SuperLink that is away for a moment is asked again.
+        found: httpx.Response = client._retry_invoker.invoke(send)  # noqa: SLF001
+        if found.status_code == httpx.codes.NOT_FOUND:
+            self._bundled = False
+            return None
+        return found.content
+
+    def _incoming(self, found: PullAppMessagesResponse, parts: Sequence[bytes]) -> list[Message]:
+        """Put replies together; pull the parts that did not come along."""
+        messages, at = [], 0
+        for envelope, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+            names = [part.object_id for part in iterate_object_tree(tree)]
+            contents = dict(zip(names, parts[at : at + len(names)], strict=True))
+            at += len(names)
+            if not all(contents.values()):
+                try:
+                    contents = self._pull(tree, names)
+                except ObjectPullError as error:
+                    messages.append(_missing(envelope.metadata.reply_to_message_id, error))
+                    continue
+            message = cast("Message", inflate_object_from_contents(tree.object_id, contents))
+            message.metadata.__dict__["_message_id"] = tree.object_id
+            messages.append(message)
+        return messages
+
+    def _pull(self, tree: ObjectTree, names: Sequence[str]) -> dict[str, bytes]:
+        client, node = self._inner._runtime_client, self._inner.node  # noqa: SLF001
+        run = self.run.run_id
+        one_by_one = make_pull_object_fn_protobuf(client.PullObject, node, run)
+        contents = _promptly(list(names), one_by_one)
+        client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=tree.object_id)
+        )
+        return contents
+
+
+def _outgoing(
+    messages: Sequence[Message],
+) -> tuple[PushAppMessagesRequest, dict[str, InflatableObject]]:
+    envelopes, trees, objects = [], [], {}
+    for message in messages:
+        message.metadata.__dict__["_message_id"] = message.object_id
+        envelopes.append(message_to_proto(remove_content_from_message(message)))
+        trees.append(get_object_tree(message))
+        objects.update(get_all_nested_objects(message))
+    return PushAppMessagesRequest(messages_list=envelopes, message_object_trees=trees), objects
+
+
+def _missing(asked: str, error: ObjectPullError) -> Message:
+    """Return the error reply that flwr makes of one whose parts never came."""
+    metadata = Metadata(
+        run_id=0,
+        message_id="",
+        src_node_id=0,
+        dst_node_id=0,
+        reply_to_message_id=asked,
+        group_id="",
+        created_at=0.0,
+        ttl=0.0,
+        message_type="",
+    )
+    return make_message(metadata=metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, str(error)))
