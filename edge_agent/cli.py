@@ -101,6 +101,9 @@ def run(
             min=0.0, help="Train only where devices add noise of at least this multiplier."
         ),
     ] = 0.0,
+    least_devices: Annotated[
+        int, typer.Option(min=1, help="Train only where at least so many devices are summed.")
+    ] = 1,
 ) -> None:
     """Run the agent until it is stopped (Ctrl-C or SIGTERM)."""
     paths = _paths(data)
@@ -116,7 +119,7 @@ def run(
             *("--health-seconds", str(health_seconds)),
             *(() if task is None else ("--task", task)),
             *(("--allow-plain",) if allow_plain else ()),
-            *("--least-noise", str(least_noise)),
+            *("--least-noise", str(least_noise), "--least-devices", str(least_devices)),
         ],
     )
 

@@ -53,8 +53,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     health_seconds: float = HEALTH_SECONDS
     task: str | None = None
     allow_plain: bool = False
-    least_noise: float = 0.0
     """Whether this device sends updates that the hub can read."""
+    least_noise: float = 0.0
+    least_devices: int = 1
+    """What this device asks of plans (:class:`atoll.federation.client_app.Floor`)."""
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -259,7 +261,10 @@ class Control:
             case actions.Start("trainer"):
                 chosen = self._settings
                 self._crew.train(
-                    chosen.task, allow_plain=chosen.allow_plain, least_noise=chosen.least_noise
+                    chosen.task,
+                    allow_plain=chosen.allow_plain,
+                    least_noise=chosen.least_noise,
+                    least_devices=chosen.least_devices,
                 )
             case actions.Finish(part):
                 self._crew.finish(part)
@@ -375,6 +380,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--task")
     parser.add_argument("--allow-plain", action="store_true")
     parser.add_argument("--least-noise", type=float, default=0.0)
+    parser.add_argument("--least-devices", type=int, default=1)
     given = parser.parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr

@@ -49,9 +49,11 @@ class Crew:
             facts = {"model": release.model, "release": release.number, "directory": str(slot)}
             self._running["serving"].say({"kind": "load", **facts})
 
-    def train(self, task: str | None, *, allow_plain: bool, least_noise: float) -> None:
+    def train(
+        self, task: str | None, *, allow_plain: bool, least_noise: float, least_devices: int
+    ) -> None:
         """Start the training process."""
-        chosen = ["--least-noise", str(least_noise)]
+        chosen = ["--least-noise", str(least_noise), "--least-devices", str(least_devices)]
         chosen += [] if task is None else ["--task", task]
         chosen += ["--allow-plain"] if allow_plain else []
         self._start("trainer", "trainer", chosen, environment=ONE_THREAD)

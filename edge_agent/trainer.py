@@ -120,7 +120,7 @@ def run(
     stop: threading.Event,
     *,
     allow_plain: bool,
-    least_noise: float,
+    floor: client_app.Floor,
 ) -> None:
     """Serve Flower messages until ``stop``; raises :class:`AgentError` and its neighbours."""
     who = credentials.load(paths)
@@ -128,7 +128,7 @@ def run(
     source = examples(chosen, paths.examples)
     party = party_of(paths, who, allow_plain=allow_plain)
     answered = AnsweredDurably(Database(paths.database))
-    app = client_app.build(chosen, paths.examples, party, handlers(source), answered, least_noise)
+    app = client_app.build(chosen, paths.examples, party, handlers(source), answered, floor)
     node = WarmNode(who.hub.url, ca=who.ca, certificate=who.certificate, key=who.key)
     parent.tell({"kind": "up"})
     node.serve(app, stop)
@@ -141,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--task")
     parser.add_argument("--allow-plain", action="store_true")
     parser.add_argument("--least-noise", type=float, default=0.0)
+    parser.add_argument("--least-devices", type=int, default=1)
     given = parser.parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
@@ -167,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
             parent,
             stop,
             allow_plain=given.allow_plain,
-            least_noise=given.least_noise,
+            floor=client_app.Floor(given.least_noise, given.least_devices),
         )
     except (AgentError, FleetError, FederationError) as error:
         parent.tell({"kind": "failed", "error": str(error)})

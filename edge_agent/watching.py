@@ -69,8 +69,8 @@ def exactly(counts: Mapping[str, Counts]) -> Packed:
 class Noised:
     """Packs counts with noise of ``multiplier`` times what one row changes them by.
 
-    ``stream`` gives a new keystream for each window. The σ told is the one drawn with, never
-    below the one asked for. Raises :class:`BadBundle` when noise so large cannot be drawn.
+    ``stream`` gives a new keystream for each window. Raises :class:`BadBundle` when noise so
+    large cannot be drawn.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class Noised:
     ) -> None:
         # With privacy.noise comes cryptography: megabytes, for releases that ask for noise alone.
         from atoll.privacy.errors import BadParameters
-        from atoll.privacy.noise import attainable, discrete_gaussian
+        from atoll.privacy.noise import check, discrete_gaussian
 
         self._draw, self._stream = discrete_gaussian, stream
-        self._wanted = multiplier * sqrt(2 * variables)
+        self.sigma = multiplier * sqrt(2 * variables)
         try:
-            self.sigma = attainable(self._wanted)
+            check(self.sigma)
         except BadParameters as error:
             raise BadBundle(
                 f"the release asks for noise that this device lacks: {error}"
@@ -91,7 +91,7 @@ class Noised:
 
     def __call__(self, counts: Mapping[str, Counts]) -> Packed:
         """Draw the noise of one window and add it."""
-        noise = self._draw(self._wanted, sum(map(len, counts.values())), self._stream())
+        noise = self._draw(self.sigma, sum(map(len, counts.values())), self._stream())
         ends = np.cumsum([len(vector) for vector in counts.values()])[:-1]
         parts = zip(counts.items(), np.split(noise, ends), strict=True)
         return Packed(

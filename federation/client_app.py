@@ -4,9 +4,11 @@ The hub sends weights, numbers and phases of a sum; never code. What may not be 
 raises, and the node turns that into an error reply, which the hub counts as a drop-out.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 from flwr.app import Context, Message
@@ -16,12 +18,15 @@ from atoll.federation import messages, parameters, training
 from atoll.federation.errors import BadMessage
 from atoll.federation.plan import ExamplePrivacy, Training
 from atoll.federation.riders import Riders
-from atoll.federation.task import Split, Task
+from atoll.federation.task import Task
 from atoll.privacy import update
 from atoll.privacy.errors import Refused
 from atoll.privacy.keystream import Keystream
 from atoll.privacy.sums import CONTRIBUTE, Integers, PartySum
 
+LOSS_DIGITS: Final = 3
+"""Decimals of the loss that a device tells: enough to follow training, too few for the differences
+from which a hub that asks again and again would have a gradient."""
 KEPT_RUNS: Final = 4
 """Sums of the latest runs are kept; an older run has ended."""
 
@@ -58,23 +63,55 @@ class AnsweredHere:
         self._last[run] = number
 
 
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """What a device asks of a plan, whatever the hub says.
+
+    ``noise`` is the least multiplier of the noise that devices add to a whole release, riders
+    included; where the hub sees each term, in ``plain``, of what this device adds to its own.
+    ``devices`` is the least number of devices among which its update is to be hidden.
+    """
+
+    noise: float = 0.0
+    devices: int = 1
+
+    def check(self, work: messages.TrainAsk, ask: messages.SumAsk) -> None:
+        """Raise :class:`Refused` for a round that does not come up to it."""
+        if ask.min_survivors < self.devices:
+            raise Refused(
+                f"this device trains where at least {self.devices} devices are summed; this "
+                f"round is content with {ask.min_survivors}"
+            )
+        spec = _update_spec(work, ask)
+        added = spec.multiplier if work.noise == "distributed" else 0.0
+        if ask.mode == "plain":
+            added /= math.sqrt(spec.adders)
+        if added < self.noise:
+            raise Refused(
+                f"this device trains where devices add noise of multiplier {self.noise:g} or "
+                f"more; this round's is {added:.3g}"
+            )
+
+
+NO_FLOOR: Final = Floor()
+
+
 def build(
     task: Task,
     data: Path,
     party: Callable[[str], PartySum],
     queries: Mapping[str, Callable[[bytes], bytes]],
     answered: Answered | None = None,
-    least_noise: float = 0.0,
+    floor: Floor = NO_FLOOR,
 ) -> ClientApp:
     """Return the ClientApp for ``task`` on the examples under ``data``.
 
     ``party`` makes this device's side of a sum from a privacy mode's name, once per run.
     ``queries`` answers questions by name, bytes to bytes. ``answered`` outlives the process on
-    a device. ``least_noise`` is the device's own word on plans: it trains in none whose devices
-    add noise of a smaller multiplier.
+    a device. ``floor`` is the device's own word on plans.
     """
     app = ClientApp()
-    sums = _Sums(party, answered or AnsweredHere())
+    sums = _Sums(party, answered or AnsweredHere(), floor)
 
     @app.train("sum")
     def phase(message: Message, _: Context) -> Message:
@@ -90,7 +127,7 @@ def build(
         if ask.phase != CONTRIBUTE:
             raise BadMessage(f"training was asked for in the {ask.phase!r} phase")
         _check_task(task, work.task)
-        _check_noise(work, least_noise)
+        floor.check(work, ask)
         term, loss = _local_update(task, data, work, ask)
         return _reply(
             message,
@@ -102,13 +139,16 @@ def build(
     def evaluate(message: Message, _: Context) -> Message:
         ask = messages.unpack(message.content, messages.EvaluateAsk)
         _check_task(task, ask.task)
-        split: Split = "train" if ask.split == "train" else "test"
+        if ask.split != "test":
+            raise BadMessage("a device evaluates on its held-back examples alone")
         done = training.evaluate(
-            task.model(0), parameters.from_bytes(ask.weights), task.load(data, split)
+            task.model(0), parameters.from_bytes(ask.weights), task.load(data, "test")
         )
         return _reply(
             message,
-            messages.EvaluateReply(rows=done.rows, correct=done.correct, loss=done.loss),
+            messages.EvaluateReply(
+                rows=done.rows, correct=done.correct, loss=round(done.loss, LOSS_DIGITS)
+            ),
         )
 
     @app.query()
@@ -124,30 +164,47 @@ def build(
 class _Sums:
     """This device's sides of sums, one per run, the latest kept."""
 
-    def __init__(self, party: Callable[[str], PartySum], answered: Answered) -> None:
+    def __init__(
+        self, party: Callable[[str], PartySum], answered: Answered, floor: Floor = NO_FLOOR
+    ) -> None:
         self._party = party
         self._answered = answered
-        self._floor: dict[tuple[str, str], int] = {}
-        self._by_run: dict[tuple[str, str], PartySum] = {}
+        self._devices = floor.devices
+        self._by_run: dict[str, _Side] = {}
 
     def answer(self, ask: messages.SumAsk, term: Integers | None) -> bytes:
-        key = (ask.run, ask.mode)
-        if key not in self._by_run:
-            self._by_run[key] = self._party(ask.mode)
-            self._floor[key] = self._answered.last(ask.run)
+        """Answer one phase; raise :class:`Refused` for what must not be answered."""
+        if ask.round < 1:
+            raise Refused(f"there is no round {ask.round}")
+        if ask.min_survivors < self._devices:
+            raise Refused(f"a sum over {ask.min_survivors} devices hides too little here")
+        side = self._by_run.get(ask.run)
+        if side is None:
+            side = _Side(ask.mode, self._party(ask.mode), self._answered.last(ask.run))
+            self._by_run[ask.run] = side
         while len(self._by_run) > KEPT_RUNS:
             del self._by_run[next(iter(self._by_run))]
-        if ask.round <= self._floor[key]:
+        if ask.mode != side.mode:
+            raise Refused(f"run {ask.run} sums in {side.mode!r}; a run has one mode")
+        if ask.round <= side.floor:
             raise Refused(f"round {ask.round} was answered before this process remembers")
         if ask.round > self._answered.last(ask.run):
             self._answered.note(ask.run, ask.round)
-        return self._by_run[key].answer(ask.spec, ask.phase, ask.payload, term)
+        return side.party.answer(ask.spec, ask.phase, ask.payload, term)
+
+
+class _Side(NamedTuple):
+    """This device's side of a run's sums; ``floor`` is the last round of an earlier process."""
+
+    mode: str
+    party: PartySum
+    floor: int
 
 
 def _local_update(
     task: Task, data: Path, work: messages.TrainAsk, ask: messages.SumAsk
 ) -> tuple[Integers, float]:
-    seed = training.local_seed(work.seed, ask.round, ask.party)
+    seed = training.local_seed(work.seed, ask.run, ask.round, ask.party)
     before = parameters.from_bytes(work.weights)
     model, examples = task.model(0), task.load(data, "train")
     how = Training(
@@ -165,7 +222,18 @@ def _local_update(
     else:
         done = training.train(model, before, examples, how, seed)
     riders = Riders(work.weight_cap, work.clip_quantile)
-    spec = update.UpdateSpec(
+    spec = _update_spec(work, ask)
+    # Without noise there is nothing to keep secret in the rounding, and a seed makes the run
+    # repeatable. With noise, rounding draws from the system's entropy like the noise itself.
+    rng = Keystream.fresh() if work.noise_multiplier else Keystream.replayable(seed)
+    change, rows = done.weights - before, len(examples.y)
+    behind = riders.values(rows, within=update.norm(change) <= spec.clip_norm)
+    return update.encode(change, spec, rng, riders.weight(rows), behind), done.loss
+
+
+def _update_spec(work: messages.TrainAsk, ask: messages.SumAsk) -> update.UpdateSpec:
+    """Return how this round's update becomes a term."""
+    return update.UpdateSpec(
         clip_norm=work.clip_norm,
         bits=work.bits,
         noise_multiplier=work.noise_multiplier,
@@ -173,15 +241,9 @@ def _local_update(
         survivors=ask.min_survivors,
         colluders=work.colluders,
         placement=work.noise,
-        riders=riders.count,
+        riders=Riders(work.weight_cap, work.clip_quantile).count,
         rider_noise_multiplier=work.rider_noise_multiplier,
     )
-    # Without noise there is nothing to keep secret in the rounding, and a seed makes the run
-    # repeatable. With noise, rounding draws from the system's entropy like the noise itself.
-    rng = Keystream.fresh() if work.noise_multiplier else Keystream.replayable(seed)
-    change, rows = done.weights - before, len(examples.y)
-    behind = riders.values(rows, within=update.norm(change) <= spec.clip_norm)
-    return update.encode(change, spec, rng, riders.weight(rows), behind), done.loss
 
 
 def _example_privacy(work: messages.TrainAsk) -> ExamplePrivacy:
@@ -195,16 +257,6 @@ def _example_privacy(work: messages.TrainAsk) -> ExamplePrivacy:
         return msgspec.convert(asked, ExamplePrivacy)
     except msgspec.ValidationError as error:
         raise BadMessage(f"training that protects no example: {error}") from error
-
-
-def _check_noise(work: messages.TrainAsk, least: float) -> None:
-    """Raise :class:`Refused` for a plan under which this device would not be hidden enough."""
-    added = work.noise_multiplier if work.noise == "distributed" else 0.0
-    if added < least:
-        raise Refused(
-            f"this device trains where devices add noise of multiplier {least:g} or more; the "
-            f"plan has {work.noise_multiplier:g}, {work.noise}"
-        )
 
 
 def _check_task(task: Task, wanted: str) -> None:

@@ -83,6 +83,7 @@ class Conversation:
         self._setting, self._number = setting, number
         self._weights, self._drawn = weights, drawn
         connected = set(present)
+        self._connected = len(connected)
         self._present = [name for name in drawn if name in connected]
         self._spec = release.update_spec(setting.plan, clip_norm)
         self._started = setting.clock.now()
@@ -115,7 +116,7 @@ class Conversation:
             while isinstance(step, Ask):
                 self._phase(hub, step, sums)
                 step = hub.advance()
-        except SumFailed as error:
+        except (SumFailed, Refused) as error:
             self.why = str(error)
             return None
         self._survivors = tuple(step.survivors)
@@ -124,7 +125,8 @@ class Conversation:
 
     def _learned(self, sums: update.Sums) -> Learned:
         plan, riders = self._setting.plan, Riders.of(self._setting.plan)
-        devices = release.devices(plan, len(self._setting.cohort.trainers), len(self._survivors))
+        trainers = len(self._setting.cohort.trainers)
+        devices = release.devices(plan, trainers, self._connected, len(self._survivors))
         return Learned(
             riders.mean(sums, self._spec, devices),
             riders.next_clip_norm(plan, self._spec.clip_norm, sums, devices),

@@ -1,6 +1,6 @@
 """Questions to a cohort outside the rounds: evaluation of weights, and queries.
 
-    evaluate(grid, cohort, task, weights, split, timeout) -> {device: EvaluateReply}
+    evaluate(grid, cohort, task, weights, timeout) -> {device: EvaluateReply}
     ask(grid, nodes, name, payload, timeout) -> {device: bytes}
 
 Both leave out devices that do not answer well and in time; who decides on the answers checks that
@@ -17,7 +17,6 @@ from atoll.federation.cohort import Cohort
 from atoll.federation.errors import BadMessage
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock, Replies, exchange
 from atoll.federation.parameters import Vector
-from atoll.federation.task import Split
 
 
 def evaluate(
@@ -25,14 +24,13 @@ def evaluate(
     cohort: Cohort,
     task: str,
     weights: Vector,
-    split: Split,
     timeout: float,
     *,
     clock: Clock = SYSTEM_CLOCK,
 ) -> dict[str, messages.EvaluateReply]:
-    """Evaluate float32 ``weights`` on every evaluator's own ``split``; rows, correct, mean loss."""
+    """Evaluate float32 ``weights`` on every evaluator's held-back data; rows, correct, loss."""
     content = messages.pack(
-        messages.EvaluateAsk(task=task, weights=parameters.to_bytes(weights), split=split)
+        messages.EvaluateAsk(task=task, weights=parameters.to_bytes(weights), split="test")
     )
     replies = exchange(
         grid,

@@ -61,6 +61,8 @@ class FleetClient:
     def __init__(self, base_url: str, ca: Path, certificate: Path, key: Path) -> None:
         self.base_url = base_url
         self._bundled = True
+        self._heard = ""
+        """The last message that came whole; the hub hands it over until it hears of that."""
         try:
             private = load_pem_private_key(key.read_bytes(), password=None)
             context = ssl.create_default_context(cafile=ca)
@@ -113,7 +115,8 @@ class FleetClient:
         this is its pull, which does not wait.
         """
         if self._bundled:
-            body = self.call(lambda: self._bundle(FETCH, request.SerializeToString(), request))
+            asked = frames.pack({"heard": self._heard}, [request.SerializeToString()])
+            body = self.call(lambda: self._bundle(FETCH, asked, request))
             if body is not None:
                 found = PullMessagesResponse()
                 try:
@@ -121,6 +124,8 @@ class FleetClient:
                     found.ParseFromString(head)
                 except (Refused, ValueError, DecodeError) as error:
                     raise Skip(f"the hub's answer cannot be read ({error})") from error
+                if parts and all(parts):
+                    self._heard = found.message_object_trees[0].object_id
                 return found, parts
         return self.call(lambda: self.fleet.PullMessages(request)), []
 

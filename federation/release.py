@@ -14,6 +14,8 @@ from atoll.privacy.update import UpdateSpec
 
 ABORT_SHARE: Final = 0.01
 """The share of δ by which thrown-away rounds may exceed it in one run."""
+LOST_SHARE: Final = 0.1
+"""The share of connected devices that are taken to drop out of a round."""
 
 
 def update_spec(plan: Plan, clip_norm: float) -> UpdateSpec:
@@ -30,7 +32,7 @@ def update_spec(plan: Plan, clip_norm: float) -> UpdateSpec:
     )
 
 
-def amplification(plan: Plan, trainers: int) -> float | None:
+def amplification(plan: Plan, connected: int) -> float | None:
     """Return the sampling probability that the ledger may count on, or none.
 
     Poisson sampling lowers ε as far as the release does not tell how many took part. Three
@@ -40,26 +42,30 @@ def amplification(plan: Plan, trainers: int) -> float | None:
     counts; and a round that is thrown away.
 
     The last cannot be hidden. A device's presence shows when exactly ``min_devices - 1`` others
-    were drawn, and then its round costs what it would without sampling: over all rounds δ
-    grows by at most rounds·q·P(Bin(trainers - 1, q) = min_devices - 1). Amplification is
-    claimed while that is below :data:`ABORT_SHARE` of δ, so with ``min_devices`` some standard
-    deviations below the expected cohort; in a small fleet, never. It is taken for granted that
-    who is connected and who drops out has nothing to do with who was drawn, and that nearly
-    all drawn are there.
+    take part, and then its round costs what it would without sampling: over all rounds δ
+    grows by at most rounds·q·P(Bin(n - 1, q) = min_devices - 1), for ``n`` devices of which any
+    that is drawn takes part. They are the ``connected`` trainers, less
+    :data:`LOST_SHARE` for those that drop out within the round; it is taken for granted that
+    who drops out has nothing to do with who was drawn. Amplification is claimed while that is
+    below :data:`ABORT_SHARE` of δ, so with ``min_devices`` some standard deviations below the
+    expected cohort; in a small fleet, or when many are away, never.
     """
     rate, privacy = plan.cohort.sampling_rate, plan.privacy
     if rate is None or rate == 1 or privacy.noise != "central" or not privacy.noise_multiplier:
         return None
-    edge = rate * _binomial(trainers - 1, plan.cohort.min_devices - 1, rate)
+    there, least = int(connected * (1 - LOST_SHARE)), plan.cohort.min_devices
+    if there * rate <= least:
+        return None
+    edge = rate * _binomial(there - 1, least - 1, rate)
     return rate if plan.rounds * edge <= ABORT_SHARE * privacy.delta else None
 
 
-def devices(plan: Plan, trainers: int, survivors: int) -> float:
+def devices(plan: Plan, trainers: int, connected: int, survivors: int) -> float:
     """Return the number of devices over which a round's means are taken.
 
     The survivors, or their expected number where the real one must not show.
     """
-    rate = amplification(plan, trainers)
+    rate = amplification(plan, connected)
     return survivors if rate is None else rate * trainers
 
 

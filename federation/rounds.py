@@ -62,7 +62,7 @@ def run_rounds(
     plan: Plan,
     cohort: Cohort,
     session: HubSession,
-    charge: Callable[[int], float | None],
+    charge: Callable[[int, int], float | None],
     on_round: Callable[[RoundReport], None],
     initial: Vector,
     *,
@@ -73,11 +73,12 @@ def run_rounds(
 ) -> Outcome:
     """Run the plan's rounds, or those that are left of them after the checkpoint.
 
-    ``run`` names the run to devices and must be the same after a restart. ``charge`` is
-    called before round ``r`` starts and returns the ε spent so far (none when nothing bounds
-    it); when it raises :class:`BudgetExceeded` the run ends with what has been trained.
-    ``on_round`` hears of every round, thrown away or not. ``entropy`` is what cohorts and the
-    hub's noise are drawn from: a fresh keystream, but for tests.
+    ``run`` names the run to devices and must be the same after a restart. ``charge`` is called
+    before a round starts, with its number and that of the trainers that are connected, and
+    returns the ε spent so far (none when nothing bounds it); when it raises
+    :class:`BudgetExceeded` the run ends with what has been trained. ``on_round`` hears of every
+    round, thrown away or not. ``entropy`` is what cohorts and the hub's noise are drawn from: a
+    fresh keystream, but for tests.
 
     Raises :class:`RoundFailed` when too few devices are there or answer,
     :class:`atoll.privacy.errors.BadParameters` for a plan that cannot be private or decoded,
@@ -103,7 +104,7 @@ def run_rounds(
         # At the start everybody is waited for; later whoever is there goes on.
         hoped = least
         try:
-            epsilon = charge(number)
+            epsilon = charge(number, len(present))
         except BudgetExceeded:
             return Outcome(state.result, state.trained, "budget")
         state = replace(state, begun=number)

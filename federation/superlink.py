@@ -18,7 +18,8 @@ Two things are different here, and nothing else:
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeVar
+from contextlib import suppress
+from typing import Any, Final, NamedTuple, TypeVar
 
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest
 from flwr.proto.message_pb2 import (
@@ -38,6 +39,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from atoll.privacy import frames
 from atoll.privacy.errors import Refused
+from atoll.privacy.frames import Frame
 
 FETCH: Final = "fetch-message"
 SEND: Final = "send-message"
@@ -46,7 +48,7 @@ BUNDLED: Final = (FETCH, SEND)
 FETCH_ALL: Final = "fetch-messages"
 SEND_ALL: Final = "send-messages"
 
-WAIT_SECONDS: Final = 1.0
+WAIT_SECONDS: Final = 2.0
 _LOOK_SECONDS: Final = 0.03
 _PARTS_SECONDS: Final = 5.0
 """How long a message's parts may still be on their way from the ServerApp."""
@@ -90,28 +92,65 @@ async def _directly(self: BaseHTTPMiddleware, scope: Scope, receive: Receive, se
     await response(scope, receive, send)
 
 
+class _Held(NamedTuple):
+    """A message that was handed over, until its node says that it has come."""
+
+    message: str
+    run: int
+    bundle: bytes
+
+
+_held: dict[int, _Held] = {}
+_news: dict[int, asyncio.Event] = {}
+"""Set when there may be something for a node; made when it first asks."""
+
+
 async def fetch(request: Request) -> Response:
     """Return a :class:`PullMessagesResponse` and, if there is a message, its parts in tree order.
 
-    A part that is not there yet is empty, and then the message is not confirmed as received.
+    The body's head names the message that the node has ``heard``; until it does, it is handed
+    the same again, so that none is lost with a connection. A part that is not there yet is
+    empty; then the message is not held, and the node pulls its parts itself.
     """
     from flwr.superlink.dependencies.linkstate import get_linkstate
     from flwr.superlink.servicer.fleet import fleet_handlers
 
-    asked = await _authenticated(request, await request.body(), PullMessagesRequest)
-    state = get_linkstate(request)
+    frame = _frame(await request.body())
+    asked = await _authenticated(
+        request, frame.parts[0] if frame.parts else b"", PullMessagesRequest
+    )
+    state, node = get_linkstate(request), asked.node.node_id
+    news = _news.setdefault(node, asyncio.Event())
+    held = _held.get(node)
+    if held is not None and frame.head.get("heard") == held.message:
+        del _held[node]
+        received = ConfirmMessageReceivedRequest(
+            node=asked.node, run_id=held.run, message_object_id=held.message
+        )
+        with suppress(FlowerError):  # the run has ended, and its objects with it
+            await run_in_threadpool(
+                fleet_handlers.confirm_message_received, received, state, state.object_store
+            )
     deadline = time.monotonic() + WAIT_SECONDS
     while True:
+        news.clear()
+        if node in _held:
+            return Response(_held[node].bundle)
         found = await run_in_threadpool(
             fleet_handlers.pull_messages, asked, state, state.object_store
         )
-        if found.messages_list or time.monotonic() >= deadline:
+        left = deadline - time.monotonic()
+        if found.messages_list or left <= 0:
             break
-        await asyncio.sleep(_LOOK_SECONDS)
-        if await request.is_disconnected():
-            break
+        with suppress(TimeoutError):
+            await asyncio.wait_for(news.wait(), left)
     parts = await _parts(found, asked, state) if found.messages_list else []
-    return Response(frames.pack({}, [found.SerializeToString(), *parts]))
+    bundle = frames.pack({}, [found.SerializeToString(), *parts])
+    if parts and all(parts):
+        envelope, tree = found.messages_list[0], found.message_object_trees[0]
+        _held[node] = _Held(tree.object_id, envelope.metadata.run_id, bundle)
+        news.set()  # for a request of the same node that waits beside one that nobody reads
+    return Response(bundle)
 
 
 async def _parts(
@@ -119,31 +158,24 @@ async def _parts(
     asked: PullMessagesRequest,
     state: Any,  # noqa: ANN401 -- flwr's LinkState
 ) -> list[bytes]:
+    """Return a message's parts in tree order; empty those that do not come in time."""
     from flwr.superlink.servicer.fleet import fleet_handlers
 
-    run, tree = found.messages_list[0].metadata.run_id, found.message_object_trees[0]
+    run = found.messages_list[0].metadata.run_id
     wanted = [
         PullObjectRequest(node=asked.node, run_id=run, object_id=part.object_id)
-        for part in iterate_object_tree(tree)
+        for part in iterate_object_tree(found.message_object_trees[0])
     ]
+
+    def look() -> list[bytes]:
+        return [fleet_handlers.pull_object(one, state).object_content for one in wanted]
+
     deadline = time.monotonic() + _PARTS_SECONDS
-    parts: dict[str, bytes] = {}
-    while True:
-        for one in wanted:
-            if not parts.get(one.object_id):
-                pulled = await run_in_threadpool(fleet_handlers.pull_object, one, state)
-                parts[one.object_id] = pulled.object_content
-        if all(parts.values()) or time.monotonic() >= deadline:
-            break
+    parts = await run_in_threadpool(look)
+    while not all(parts) and time.monotonic() < deadline:
         await asyncio.sleep(_LOOK_SECONDS)
-    if all(parts.values()):
-        received = ConfirmMessageReceivedRequest(
-            node=asked.node, run_id=run, message_object_id=tree.object_id
-        )
-        await run_in_threadpool(
-            fleet_handlers.confirm_message_received, received, state, state.object_store
-        )
-    return [parts[one.object_id] for one in wanted]
+        parts = await run_in_threadpool(look)
+    return parts
 
 
 async def send(request: Request) -> Response:
@@ -151,7 +183,7 @@ async def send(request: Request) -> Response:
     from flwr.superlink.dependencies.linkstate import get_linkstate
     from flwr.superlink.servicer.fleet import fleet_handlers
 
-    envelope, parts = _unbundled(await request.body())
+    envelope, *parts = _bundled(await request.body())
     pushed = await _authenticated(request, envelope, PushMessagesRequest)
     state = get_linkstate(request)
 
@@ -162,16 +194,17 @@ async def send(request: Request) -> Response:
         for part in parts:
             name = get_object_id(part)
             if name in wanted:
-                fleet_handlers.push_object(
-                    PushObjectRequest(
-                        node=pushed.node,
-                        run_id=run,
-                        object_id=name,
-                        object_content=part,
-                        session_id=answer.session_id,
-                    ),
-                    state,
+                asked = PushObjectRequest(
+                    node=pushed.node,
+                    run_id=run,
+                    object_id=name,
+                    object_content=part,
+                    session_id=answer.session_id,
                 )
+                if not fleet_handlers.push_object(asked, state).stored:
+                    raise FlowerError(
+                        ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED, f"part {name} was not taken"
+                    )
         return bytes(answer.SerializeToString())
 
     return Response(await run_in_threadpool(store))
@@ -206,12 +239,12 @@ async def fetch_all(request: Request) -> Response:
 
 async def send_all(request: Request) -> Response:
     """Take a :class:`PushAppMessagesRequest` and the parts of its messages; return the answer."""
-    body = await request.body()
+    envelope, *parts = _bundled(await request.body())
+    pushed = _parsed(envelope, PushAppMessagesRequest)
 
     def store() -> bytes:
         state, handlers, task = _app(request)
-        envelope, parts = _unbundled(body)
-        answer = handlers.push_messages(_parsed(envelope, PushAppMessagesRequest), state, task)
+        answer = handlers.push_messages(pushed, state, task)
         wanted = set(answer.objects_to_push)
         for part in parts:
             name = get_object_id(part)
@@ -219,7 +252,11 @@ async def send_all(request: Request) -> Response:
                 state.store_object(task.run_id, answer.session_id, name, part)
         return bytes(answer.SerializeToString())
 
-    return Response(await run_in_threadpool(store))
+    answer = await run_in_threadpool(store)
+    for message in pushed.messages_list:
+        if message.metadata.dst_node_id in _news:
+            _news[message.metadata.dst_node_id].set()
+    return Response(answer)
 
 
 def _app(request: Request) -> tuple[Any, Any, Any]:
@@ -243,12 +280,19 @@ async def _authenticated(request: Request, body: bytes, kind: Callable[[], _Requ
     return message
 
 
-def _unbundled(body: bytes) -> tuple[bytes, Sequence[bytes]]:
+def _bundled(body: bytes) -> Sequence[bytes]:
+    """Return the parts of a bundle, at least one."""
+    parts = _frame(body).parts
+    if not parts:
+        raise _malformed(Refused("nothing in it"))
+    return parts
+
+
+def _frame(body: bytes) -> Frame:
     try:
-        envelope, *parts = frames.unpack(body).parts
-    except (Refused, ValueError) as error:
+        return frames.unpack(body)
+    except Refused as error:
         raise _malformed(error) from error
-    return envelope, parts
 
 
 def _parsed(body: bytes, kind: Callable[[], _Request]) -> _Request:

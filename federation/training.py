@@ -37,9 +37,13 @@ class Evaluated(NamedTuple):
     loss: float
 
 
-def local_seed(seed: int, round_number: int, party: str) -> int:
-    """Return the seed of one device in one round: 0 ≤ seed < 2⁶³, unrelated to its neighbours'."""
-    digest = hashlib.sha256(f"atoll/local/{seed}/{round_number}/{party}".encode()).digest()
+def local_seed(seed: int, run: str, round_number: int, party: str) -> int:
+    """Return the seed of one device in one round: 0 ≤ seed < 2⁶³, unrelated to all others.
+
+    The run is in it: were two runs to train alike, their sums over different cohorts could be
+    subtracted to the last digit.
+    """
+    digest = hashlib.sha256(f"atoll/local/{seed}/{run}/{round_number}/{party}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 

@@ -157,7 +157,8 @@ class _Session:
 
     def _one(self, app: ClientApp) -> bool:
         """Answer one message; false when there is none."""
-        response, parts = self._client.fetch(PullMessagesRequest(node=self._node))
+        request = PullMessagesRequest(node=self._node)
+        response, parts = self._persist(lambda: self._client.fetch(request))
         if not response.messages_list:
             return False
         started = time.monotonic()

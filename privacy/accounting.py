@@ -45,7 +45,8 @@ Relation = Literal["zero-out", "replace-one"]
 
 _FINEST: Final = 4e-4
 _CELLS: Final = 5000
-"""The grid's step is about ε/5000 and never finer than 4e-4: at most 1e-4 too much ε."""
+"""The grid's step is about ε/5000 and never finer than 4e-4. What that gives away is below 1e-3 of
+ε in series of up to a thousand releases; in a million it has been 6 %, on the safe side."""
 
 _ORDERS: Final = RdpAccountant().orders
 

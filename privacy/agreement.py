@@ -13,6 +13,15 @@ from atoll.privacy.sums import RoundKey, SumSpec
 from atoll.privacy.wrapping import PartyIdentity, PeerLike
 
 
+def quorum(sharers: int, min_survivors: int) -> int:
+    """Return how many of a round's devices must sign a list of survivors.
+
+    More than half, and as many as must survive. Two lists of a round can both be signed only if
+    ``2 * quorum - sharers`` devices sign both, which an honest one does not.
+    """
+    return max(sharers // 2 + 1, min(min_survivors, sharers))
+
+
 def statement(key: RoundKey, bound: str, survivors: Sequence[str]) -> bytes:
     """Return what survivors sign; ``bound`` names the keys of the sum."""
     return frames.pack(

@@ -4,20 +4,21 @@ All devices of a plan share one BFV key, which one of them, the *dealer*, makes.
 relays the key wrapped for each device's certified key and adds what it cannot read.
 
     deal        one device, once per plan: makes the key, wraps it for everyone in the roster
-    contribute  each party encrypts its packed term, with a secret tag in each block
+    contribute  each party encrypts its packed term, under a secret pad in each slot
     agree       each survivor signs the list of survivors, one list a round
     decrypt     two survivors open the sum, independently; they must agree on every integer
 
-What keeps the hub from opening a single term: a decryptor opens a ciphertext only if its tags
-are the sum of the tags of the survivors listed (the hub knows no tag, and a wrong sum passes
-with probability 1/t, about 2**-45, per block), if there are at least ``min_survivors`` of
-them, and if more than two thirds of them signed that very list. No device signs two lists for
-one round, so two lists that differ in less than half of their devices cannot both be opened
-and subtracted.
+What keeps the hub from opening a single term: every slot of a term carries a secret pad, uniform
+modulo t, and whoever opens a sum takes off the pads of the survivors listed. In whatever else a hub
+has made of the ciphertexts, by adding, leaving out or multiplying, slot by slot, pads are left and
+the slot is noise; and it shows, since in each block one slot is empty but for its pad (a wrong
+block passes with probability 1/t, about 2**-45). A device opens one sum a round, of at least
+``min_survivors`` terms, for a list that a :func:`~atoll.privacy.agreement.quorum` signed. No
+device signs two lists for one round.
 
 What it does not do: a hub together with one device's keys opens everything, and a hub whose
-authority certifies a device of its own making has one device's keys; and no device is kept
-from sending a false term.
+authority certifies a device of its own making has one device's keys; no device is kept from
+sending a false term, and no hub from subtracting sums over different cohorts.
 
 This module holds what both sides share, and the party's side; :mod:`atoll.privacy.he_hub`
 has the hub's.
@@ -44,11 +45,6 @@ AGREE: Final = "agree"
 DECRYPT: Final = "decrypt"
 
 Certificates = Mapping[str, bytes]
-
-
-def quorum(survivors: int) -> int:
-    """Return how many must sign a list of so many: more than two thirds."""
-    return 2 * survivors // 3 + 1
 
 
 def roster_digest(roster: Certificates) -> str:
@@ -82,19 +78,19 @@ class _Held:
     run: str
     name: str
     bfv: bfv.Key
-    tags: bytes
+    pads: bytes
     peers: Mapping[str, PeerLike]
 
-    def tags_of(self, spec: SumSpec, party: str, blocks: int) -> Integers:
-        """Return the secret numbers that say a party's blocks are in a sum, each in ``[0, t)``."""
+    def pads_of(self, spec: SumSpec, party: str, blocks: int) -> Integers:
+        """Return a party's pads for this sum, int64 ``(blocks, 4096)`` in ``[0, t)``."""
         what = frames.pack(
             {
                 **frames.address(spec.key, CONTRIBUTE, party),
                 "spec": [spec.length, spec.bound, spec.parties, spec.min_survivors],
             }
         )
-        stream = Keystream(hmac.digest(self.tags, what, "sha256"))
-        return stream.below(self.bfv.modulus, blocks)
+        stream = Keystream(hmac.digest(self.pads, what, "sha256"))
+        return stream.below(self.bfv.modulus, blocks * bfv.SLOTS).reshape(blocks, bfv.SLOTS)
 
 
 class HeParty:
@@ -126,7 +122,7 @@ class HeParty:
 
     def _deal(self, spec: SumSpec, frame: Frame) -> bytes:
         roster, peers = self._roster(frame)
-        plain_bits = frame.number("plain_bits")
+        plain_bits = _plain_bits(frame, roster)
         key = bfv.Key(plain_bits)
         run, me = spec.key.run, self._me
         content = wrapping.fresh_key()
@@ -157,8 +153,9 @@ class HeParty:
         self._check_room(spec, held)
         values = terms.check(term, spec.length, spec.bound)
         layout = Layout.of(spec, held.bfv.plain_bits)
-        tags = _centred(held.tags_of(spec, self._me.party, layout.blocks), held.bfv.modulus)
-        blocks = [held.bfv.encrypt(slots) for slots in layout.pack(values, tags)]
+        pads = held.pads_of(spec, self._me.party, layout.blocks)
+        padded = _centred((layout.pack(values) + pads) % held.bfv.modulus, held.bfv.modulus)
+        blocks = [held.bfv.encrypt(slots) for slots in padded]
         head = {**frames.address(spec.key, CONTRIBUTE, self._me.party), "key": held.name}
         reply = frames.pack(head, blocks)
         self._answered.remember(spec, payload, reply)
@@ -176,7 +173,7 @@ class HeParty:
         if len(frame.parts) != len(roster) + 2:
             raise Refused("a key must come with its wrapping")
         body, wrapped = frame.parts[-2:]
-        dealer, plain_bits = frame.text("dealer"), frame.number("plain_bits")
+        dealer, plain_bits = frame.text("dealer"), _plain_bits(frame, roster)
         if dealer not in peers:
             raise Refused(f"a key dealt by {dealer!r}, who is not in the roster")
         context = body_context(spec.key.run, dealer, roster_digest(roster), plain_bits)
@@ -187,7 +184,7 @@ class HeParty:
         )
         secret = wrapping.decrypt(wrapping.derive(content, b"body"), body, context)
         key = bfv.Key(plain_bits, secret)
-        self._held = _Held(spec.key.run, name, key, wrapping.derive(content, b"tags"), peers)
+        self._held = _Held(spec.key.run, name, key, wrapping.derive(content, b"pads"), peers)
         return self._held
 
     @staticmethod
@@ -227,15 +224,16 @@ class HeParty:
             agreement.statement(spec.key, held.name, survivors),
             dict(zip(signers, frame.parts, strict=False)),
             survivors,
-            quorum(len(survivors)),
+            agreement.quorum(spec.parties, spec.min_survivors),
             held.peers,
         )
         blocks = frame.parts[len(signers) :]
-        values, tags = layout.unpack(np.stack([held.bfv.decrypt(block) for block in blocks]))
+        slots = np.stack([held.bfv.decrypt(block) for block in blocks])
         for party in survivors:
-            # Reduced at each step: the sum of all tags could leave 64 bits.
-            tags = (tags - held.tags_of(spec, party, layout.blocks)) % held.bfv.modulus
-        if tags.any():
+            # Reduced at each step: the sum of all pads could leave 64 bits.
+            slots = (slots - held.pads_of(spec, party, layout.blocks)) % held.bfv.modulus
+        values, spare = layout.unpack(_centred(slots, held.bfv.modulus))
+        if spare.any():
             raise Refused("a sum that is not the sum of the survivors listed")
         limit = spec.bound * len(survivors)
         terms.check(values, spec.length, limit)
@@ -249,3 +247,11 @@ class HeParty:
 def _centred(values: Integers, modulus: int) -> Integers:
     """Return the representatives of ``values`` in ``±(modulus-1)/2``."""
     return np.where(values > modulus // 2, values - modulus, values)
+
+
+def _plain_bits(frame: Frame, roster: Certificates) -> int:
+    """Return the size of the plain modulus; raise :class:`Refused` for any but the roster's."""
+    named = frame.number("plain_bits")
+    if named != bfv.plain_bits_for(len(roster)):
+        raise Refused(f"a plain modulus of {named} bits, which is not that of this roster")
+    return named

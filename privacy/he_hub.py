@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from atoll.privacy import bfv, frames, terms
+from atoll.privacy import agreement, bfv, frames, terms, wrapping
 from atoll.privacy.errors import Refused, SumFailed, TooFewSurvivors
 from atoll.privacy.frames import Frame
 from atoll.privacy.he import (
@@ -20,7 +20,6 @@ from atoll.privacy.he import (
     Certificates,
     body_context,
     key_id,
-    quorum,
     roster_digest,
 )
 from atoll.privacy.packing import Layout
@@ -52,6 +51,7 @@ class HeHubSession:
 
     def __init__(self, roster: Certificates) -> None:
         self.roster = dict(sorted(roster.items()))
+        self.keys = {name: wrapping.certified_key(pem) for name, pem in self.roster.items()}
         self.plain_bits = bfv.plain_bits_for(len(self.roster))
         self.deal: Deal | None = None
         self.failed_dealers: set[str] = set()
@@ -256,10 +256,12 @@ class HeHub:
     def _fold_signature(self, party: str, frame: Frame) -> None:
         if len(frame.parts) != 1:
             raise Refused("an agreement is one signature")
+        statement = agreement.statement(self._spec.key, self._deal().name, self._survivors)
+        wrapping.verify(self._session.keys[party], frame.parts[0], statement, party)
         self._signatures[party] = frame.parts[0]
 
     def _end_agreement(self) -> Ask:
-        needed = quorum(len(self._survivors))
+        needed = agreement.quorum(self._spec.parties, self._spec.min_survivors)
         if len(self._signatures) < needed:
             raise SumFailed(
                 f"{len(self._signatures)} of {len(self._survivors)} devices agreed on whose "

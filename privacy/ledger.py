@@ -108,6 +108,17 @@ class MemoryStore:
             return True
 
 
+def composed(events: Sequence[Event], unit: Unit) -> Sequence[Event]:
+    """Return the events that add up for one ``unit``.
+
+    A row is served once, under one release, so of releases to rows only the dearest counts; a
+    device, and an example, may be in all of them.
+    """
+    if unit != "row" or not events:
+        return events
+    return [min(events, key=lambda event: getattr(event, "noise_multiplier", 0.0))]
+
+
 class Ledger:
     """The account of one population, for one unit.
 
@@ -159,18 +170,18 @@ class Ledger:
 
     def spent(self) -> Spent:
         """Return what has been spent."""
-        return accounting.spent(self._recorded(self._store.events(self._population)), self._delta)
+        return self.after()
 
     def after(self, *events: Event) -> Spent:
         """Return what would be spent after ``events`` more, without recording them."""
         recorded = self._recorded(self._store.events(self._population))
-        return accounting.spent([*recorded, *events], self._delta)
+        return self._total([*recorded, *events])
 
     def _check(self, event: Event) -> Callable[[Sequence[tuple[str, Record]]], None]:
         def allow(events: Sequence[tuple[str, Record]]) -> None:
             if self._budget is None:
                 return
-            after = accounting.spent([*self._recorded(events), event], self._delta).epsilon_pld
+            after = self._total([*self._recorded(events), event]).epsilon_pld
             if after > self._budget:
                 whom = "" if self._unit == "device" else f" per {self._unit}"
                 raise BudgetExceeded(
@@ -180,6 +191,9 @@ class Ledger:
                 )
 
         return allow
+
+    def _total(self, events: Sequence[Event]) -> Spent:
+        return accounting.spent(composed(events, self._unit), self._delta)
 
     def _recorded(self, events: Sequence[tuple[str, Record]]) -> list[Event]:
         return [

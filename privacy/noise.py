@@ -55,14 +55,10 @@ _UNSURE: Final = 2.0**-40
 _CHUNK: Final = 8192
 
 
-def attainable(sigma: float) -> float:
-    """Return the σ that :func:`discrete_gaussian` uses for ``sigma``: the same, if it can be.
-
-    Raises :class:`BadParameters` for a σ that is not positive or past :data:`MAX_SIGMA`.
-    """
+def check(sigma: float) -> None:
+    """Raise :class:`BadParameters` for a σ that is not positive or past :data:`MAX_SIGMA`."""
     if not 0 < sigma <= MAX_SIGMA:
         raise BadParameters(f"noise of σ = {sigma:g} cannot be drawn; use 0 < σ ≤ {MAX_SIGMA:g}")
-    return sigma
 
 
 def tail(sigma: float) -> int:
@@ -77,7 +73,8 @@ def discrete_gaussian(sigma: float, count: int, stream: Keystream) -> Ints:
     than :data:`TAIL_PROBABILITY` in total variation. Raises :class:`BadParameters` for a σ
     that is not positive or past :data:`MAX_SIGMA`.
     """
-    table = _table(attainable(sigma))
+    check(sigma)
+    table = _table(sigma)
     out = np.empty(count, dtype=np.int64)
     filled = 0
     while filled < count:

@@ -2,7 +2,7 @@
 
 With ``radix`` R > 2·parties·bound, the integers v₀, v₁, … of a slot are the balanced digits
 of v₀ + v₁·R + v₂·R² …: every digit of a sum of such slots stays within ±(R-1)/2, so nothing
-ever carries and the digits come back one by one. The last slot of each block carries a tag.
+ever carries and the digits come back one by one. The last slot of each block stays empty.
 """
 
 from dataclasses import dataclass
@@ -43,19 +43,18 @@ class Layout:
         """How many blocks a term takes."""
         return -(-self.length // (self.per_slot * (SLOTS - 1)))
 
-    def pack(self, values: Integers, tags: Integers) -> Integers:
-        """Return int64 ``(blocks, 4096)`` from ``(length,)`` and one tag per block."""
+    def pack(self, values: Integers) -> Integers:
+        """Return int64 ``(blocks, 4096)`` from ``(length,)``; the last slots stay empty."""
         room = np.zeros(self.blocks * (SLOTS - 1) * self.per_slot, dtype=np.int64)
         room[: self.length] = values
         digits = room.reshape(self.blocks, self.per_slot, SLOTS - 1)
         slots = np.zeros((self.blocks, SLOTS), dtype=np.int64)
         for place in range(self.per_slot):
             slots[:, :-1] += digits[:, place] * self.radix**place
-        slots[:, -1] = tags
         return slots
 
     def unpack(self, slots: Integers) -> tuple[Integers, Integers]:
-        """Return the values and the tags, each centred, of a sum of packed terms."""
+        """Return the values and the last slots, each centred, of a sum of packed terms."""
         half = self.radix // 2
         digits = np.empty((self.blocks, self.per_slot, SLOTS - 1), dtype=np.int64)
         left = slots[:, :-1].copy()

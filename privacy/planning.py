@@ -2,7 +2,8 @@
 
 A plan asks for a noise multiplier or for an ε; here one gives the other, with what the noise
 does to the sum. The accountants judge exactly as they will judge the ledger's records
-(:mod:`atoll.privacy.accounting`), so a promise made here is the one that is charged later.
+(:mod:`atoll.privacy.accounting`). Whether a run may claim its sampling is another matter: it must
+hide who took part (:func:`atoll.federation.release.amplification`), or it is charged in full.
 """
 
 import math

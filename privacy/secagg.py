@@ -20,134 +20,49 @@ takes three messages.
 
 What holds: a hub and fewer than ``threshold`` of a device's neighbours learn nothing of its term
 but what the sum tells; a hub that also breaks the protocol must have fewer than ``2 * quorum -
-devices`` of all the round's devices on its side (:mod:`atoll.privacy.graph`). What it does not do:
-keep a hub that certifies devices of its own from outnumbering the others, or a device from sending
-a false term.
+devices`` of all the round's devices on its side (:mod:`atoll.privacy.graph`). Both numbers follow
+from ``min_survivors``, which the hub names: whoever runs a device can ask for more
+(:class:`atoll.federation.client_app.Floor`). What it does not do: keep a hub that certifies devices
+of its own from outnumbering the others, a device from sending a false term or from making a sum
+fail, or two sums over different cohorts from being subtracted.
 
-This module holds what both sides share, and the party's side; :mod:`atoll.privacy.secagg_hub`
-has the hub's. Secrets live for one round and are overwritten where Python lets us.
+This module holds the party's side, :mod:`atoll.privacy.secagg_hub` the hub's, and
+:mod:`atoll.privacy.secagg_keys` what they share. Secrets live for one round and are overwritten
+where Python lets us.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final
 
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from atoll.privacy import agreement, frames, graph, shamir, terms, wrapping
 from atoll.privacy.errors import BadParameters, Refused
 from atoll.privacy.frames import Frame
 from atoll.privacy.ring import Mask, Ring
+from atoll.privacy.secagg_keys import (
+    ADVERTISE,
+    Advert,
+    Gathering,
+    advert_statement,
+    commitment_to,
+    digest_of,
+    pair_mask,
+    pair_purpose,
+    seed_mask,
+    shared,
+    sum_context,
+)
 from atoll.privacy.sums import CONTRIBUTE, Integers, RoundKey, SumSpec
 from atoll.privacy.wrapping import PartyIdentity, PeerLike
 
-ADVERTISE: Final = "advertise"
 SHARE: Final = "share"
 AGREE: Final = "agree"
 UNMASK: Final = "unmask"
 
-_KEY: Final = 32
 _PIECES: Final = 2 * shamir.PIECE_BYTES
-
-
-class Advert(NamedTuple):
-    """What a device publishes for a round: keys for pieces and for masks, and its commitment."""
-
-    sealing: bytes
-    masking: bytes
-    commitment: bytes
-    signature: bytes
-
-    @property
-    def body(self) -> bytes:
-        """What is signed."""
-        return self.sealing + self.masking + self.commitment
-
-    @classmethod
-    def read(cls, data: bytes) -> "Advert":
-        """Take an advert apart; raise :class:`Refused` for bytes that are none."""
-        if len(data) <= 3 * _KEY:
-            raise Refused("an advert cut short")
-        return cls(data[:_KEY], data[_KEY : 2 * _KEY], data[2 * _KEY : 3 * _KEY], data[3 * _KEY :])
-
-    def write(self) -> bytes:
-        """Return its bytes."""
-        return self.body + self.signature
-
-    def check(self, key: RoundKey, party: str, peer: PeerLike) -> None:
-        """Raise :class:`Refused` unless ``party`` signed this for this round."""
-        wrapping.verify(peer.key, self.signature, advert_statement(key, party, self.body), party)
-
-
-def advert_statement(key: RoundKey, party: str, body: bytes) -> bytes:
-    """Return what a device signs of its keys."""
-    return frames.pack({"what": "advert", **frames.address(key, ADVERTISE, party)}, [body])
-
-
-@dataclass(frozen=True, slots=True)
-class Gathering:
-    """Who advertised what in a round, as everybody must see it: by digests of the adverts."""
-
-    key: RoundKey
-    digests: Mapping[str, bytes]
-
-    @property
-    def names(self) -> list[str]:
-        """Who advertised, sorted."""
-        return sorted(self.digests)
-
-    @property
-    def id(self) -> bytes:
-        """Stands for all of it in keys and signatures."""
-        names = self.names
-        head = {"what": "gathering", "run": self.key.run, "round": self.key.round, "names": names}
-        whole = frames.pack(head, [self.digests[name] for name in names])
-        return hashlib.sha256(whole).digest()
-
-    def neighbours(self, party: str) -> list[str]:
-        """Return who exchanges pieces and masks with ``party``."""
-        return graph.neighbours(self.names, party, self.id)
-
-    def holders(self, party: str) -> list[str]:
-        """Return who holds the pieces of ``party``'s secrets: its neighbours and itself."""
-        return sorted([party, *self.neighbours(party)])
-
-
-def digest_of(advert: bytes) -> bytes:
-    """Return what stands for an advert in a :class:`Gathering`."""
-    return hashlib.sha256(advert).digest()
-
-
-def commitment_to(seed: bytes) -> bytes:
-    """Return what a device publishes of its seed beforehand."""
-    return wrapping.derive(seed, b"commitment")
-
-
-def seed_mask(seed: bytes, context: bytes) -> bytes:
-    """Return the key of the mask that a device's own seed makes."""
-    return wrapping.derive(seed, b"own mask " + context)
-
-
-def pair_mask(mine: X25519PrivateKey, theirs: bytes, pair: Sequence[str], context: bytes) -> Mask:
-    """Return the mask of a pair as its first (by name) adds it; ``pair`` is (own, other).
-
-    Raises :class:`Refused` for a public key that is none.
-    """
-    key = wrapping.derive(
-        _shared(mine, theirs), _pair_purpose(b"pair mask ", sorted(pair)), context
-    )
-    return Mask(key, negative=pair[0] > pair[1])
-
-
-def sum_context(gathering: Gathering, sharers: Sequence[str], spec: SumSpec) -> bytes:
-    """Return what every mask of a sum is bound to: round, adverts, who shared, and the spec."""
-    head = {
-        "what": "sum",
-        "sharers": list(sharers),
-        "spec": [spec.length, spec.bound, spec.parties, spec.min_survivors],
-    }
-    return hashlib.sha256(frames.pack(head, [gathering.id])).digest()
 
 
 @dataclass(slots=True, repr=False)
@@ -161,6 +76,8 @@ class _Own:
     masking_secret: bytearray
     seed: bytearray
     gathering: Gathering | None = None
+    dealt_for: int = 0
+    """The minimum of survivors under which the pieces were dealt."""
     adverts: Mapping[str, Advert] = field(default_factory=dict)
     pieces: dict[str, bytes] = field(default_factory=dict)
     """Of each holder's seed and key, by whose they are; 66 bytes, this device's own included."""
@@ -250,7 +167,7 @@ class SecaggParty:
                 raise Refused(f"an advert of {name!r} that is not the one everybody sees")
             adverts[name] = Advert.read(data)
             adverts[name].check(key, name, self._peer(name, certificate))
-        own.gathering, own.adverts = gathering, adverts
+        own.gathering, own.adverts, own.dealt_for = gathering, adverts, spec.min_survivors
         return self._reply(key, SHARE, self._deal(own, gathering, spec))
 
     def _peer(self, name: str, certificate: bytes) -> PeerLike:
@@ -264,7 +181,7 @@ class SecaggParty:
         """Return this device's pieces, encrypted, for each neighbour in order."""
         me = self._me.party
         holders = gathering.holders(me)
-        enough = graph.threshold(len(holders), spec.min_survivors)
+        enough = gathering.threshold(me, spec.min_survivors)
         pairs = zip(
             shamir.split(bytes(own.seed), len(holders), enough),
             shamir.split(bytes(own.masking_secret), len(holders), enough),
@@ -289,6 +206,8 @@ class SecaggParty:
         if before is not None:
             return before
         own, gathering = self._mine(spec.key, frame)
+        if own.dealt_for != spec.min_survivors:
+            raise Refused("this device's pieces were dealt for another minimum of survivors")
         sharers = frame.texts("sharers")
         near = self._check_sharers(spec, gathering, sharers)
         if len(frame.parts) != len(near):
@@ -329,8 +248,7 @@ class SecaggParty:
         if not max(2, spec.min_survivors) <= len(sharers) <= spec.parties:
             raise Refused(f"{len(sharers)} devices are too few, or too many, to be hidden among")
         near = [name for name in gathering.neighbours(me) if name in set(sharers)]
-        holders = gathering.holders(me)
-        if 1 + len(near) < graph.threshold(len(holders), spec.min_survivors):
+        if 1 + len(near) < gathering.threshold(me, spec.min_survivors):
             raise Refused("too few neighbours are left to open this device's mask")
         return near
 
@@ -347,9 +265,11 @@ class SecaggParty:
         return own, gathering, survivors
 
     def _agree(self, spec: SumSpec, frame: Frame) -> bytes:
-        own, _, survivors = self._in_round(spec, frame)
+        own, gathering, survivors = self._in_round(spec, frame)
         if len(frame.parts) != 1:
             raise Refused("more or less than the next round's adverts")
+        if not graph.connected(gathering.near, survivors):
+            raise Refused("survivors whose masks fall into parts, each of which could be opened")
         statement = agreement.statement(spec.key, own.context.hex(), survivors)
         signature = self._signed.sign(self._me, spec.key, statement)
         shared = b""
@@ -386,7 +306,7 @@ class SecaggParty:
             statement,
             signatures,
             survivors,
-            graph.quorum(len(own.sharers), spec.min_survivors)
+            agreement.quorum(len(own.sharers), spec.min_survivors)
             - self._signed.has(spec.key, statement),
             self._peers,
         )
@@ -415,8 +335,8 @@ def _seal(
 ) -> tuple[bytes, bytes]:
     """Return the key and the context under which the first of a pair deals to the second."""
     context = frames.pack({"what": "pieces", "pair": list(pair)}, [gathering.id])
-    secret = _shared(own.sealing, other.sealing)
-    return wrapping.derive(secret, _pair_purpose(b"pieces ", pair), gathering.id), context
+    secret = shared(own.sealing, other.sealing)
+    return wrapping.derive(secret, pair_purpose(b"pieces ", pair), gathering.id), context
 
 
 def _pairs(own: _Own, near: Sequence[str]) -> list[Mask]:
@@ -430,14 +350,3 @@ def _pairs(own: _Own, near: Sequence[str]) -> list[Mask]:
 def _piece(pieces: bytes, *, seed: bool) -> bytes:
     """Return the one piece of a neighbour's two that may be told; none of none."""
     return pieces[: shamir.PIECE_BYTES] if seed else pieces[shamir.PIECE_BYTES :]
-
-
-def _shared(mine: X25519PrivateKey, theirs: bytes) -> bytes:
-    try:
-        return mine.exchange(X25519PublicKey.from_public_bytes(theirs))
-    except ValueError as error:
-        raise Refused("a public key that is none") from error
-
-
-def _pair_purpose(what: bytes, pair: Sequence[str]) -> bytes:
-    return what + frames.pack({"pair": list(pair)})

@@ -4,21 +4,21 @@ It keeps one running sum. What it learns is the seeds of devices whose terms are
 masking keys of those whose are not; the sum alone is left when those masks are gone.
 """
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from atoll.privacy import agreement, frames, graph, shamir, wrapping
+from atoll.privacy import agreement, frames, shamir, wrapping
 from atoll.privacy.errors import Refused, SumFailed, TooFewSurvivors
 from atoll.privacy.frames import Frame
 from atoll.privacy.ring import Mask, Ring, RunningSum, add_masks
-from atoll.privacy.secagg import (
+from atoll.privacy.secagg import AGREE, SHARE, UNMASK
+from atoll.privacy.secagg_keys import (
     ADVERTISE,
-    AGREE,
-    SHARE,
-    UNMASK,
     Advert,
     Gathering,
     advert_statement,
@@ -26,9 +26,14 @@ from atoll.privacy.secagg import (
     digest_of,
     pair_mask,
     seed_mask,
+    shared,
     sum_context,
 )
 from atoll.privacy.sums import CONTRIBUTE, Ask, RoundKey, SumSpec, Total
+
+_TRIES: Final = 500
+"""Sets of pieces that are tried. Of ten devices, seven of whom open a secret, two may lie: one set
+in fifteen is without them."""
 
 
 @dataclass(slots=True)
@@ -63,6 +68,7 @@ class SecaggHubSession:
         self.keys = {name: wrapping.certified_key(pem) for name, pem in self.roster.items()}
         self.following: Ready | None = None
         """What the former round has prepared for this one."""
+        self.probe = X25519PrivateKey.generate()
         self.shown: dict[str, set[str]] = {name: set() for name in self.roster}
         """Whose certificates each party has."""
 
@@ -189,6 +195,8 @@ class SecaggHub:
         advert = Advert.read(data)
         statement = advert_statement(key, party, advert.body)
         wrapping.verify(self._session.keys[party], advert.signature, statement, party)
+        for point in (advert.sealing, advert.masking):
+            shared(self._session.probe, point)  # refuses a point that shares no secret
 
     def _fold_advert(self, party: str, frame: Frame) -> None:
         if len(frame.parts) != 1:
@@ -278,7 +286,7 @@ class SecaggHub:
             self._session.shown[party].clear()
 
     def _end_agreement(self) -> Ask:
-        needed = graph.quorum(len(self._sharers), self._spec.min_survivors)
+        needed = agreement.quorum(len(self._sharers), self._spec.min_survivors)
         if len(self._signatures) < needed:
             raise SumFailed(
                 f"{len(self._signatures)} of {len(self._sharers)} devices agreed on whose terms "
@@ -337,30 +345,32 @@ class SecaggHub:
     def _recover(self, owner: str, shown: bytes, shows: Callable[[bytes], bytes]) -> bytes:
         """Return the secret that ``shows`` what the owner had ``shown``, from its pieces.
 
-        Tries again without some of them, since one may be false.
+        Tries again with others, since some may be false.
         """
-        holders = self._ready.gather().holders(owner)
+        gathering = self._ready.gather()
         pieces = [
             (number, self._pieces[holder][owner])
-            for number, holder in enumerate(holders)
+            for number, holder in enumerate(gathering.holders(owner))
             if self._pieces.get(holder, {}).get(owner)
         ]
-        enough = graph.threshold(len(holders), self._spec.min_survivors)
+        enough = gathering.threshold(owner, self._spec.min_survivors)
         if len(pieces) < enough:
             raise SumFailed(
                 f"{len(pieces)} devices gave a piece of the mask of {owner!r}, and opening it "
                 f"needs {enough}"
             )
-        for first in range(len(pieces)):
-            chosen = [pieces[(first + step) % len(pieces)] for step in range(enough)]
+        chance = secrets.SystemRandom()
+        for _ in range(_TRIES):
             with suppress(Refused):
-                found = shamir.combine(dict(chosen))
+                found = shamir.combine(dict(chance.sample(pieces, enough)))
                 if shows(found) == shown:
                     return found
         raise SumFailed(f"the pieces of the mask of {owner!r} do not fit what it advertised")
 
 
 def _keep_shares(ready: Ready, party: str, frame: Frame) -> None:
+    if party not in ready.gather().digests:
+        raise Refused(f"pieces of {party!r}, whose keys nobody has seen")
     near = ready.gather().neighbours(party)
     if len(frame.parts) != len(near):
         raise Refused("pieces for others than the neighbours")
@@ -368,9 +378,8 @@ def _keep_shares(ready: Ready, party: str, frame: Frame) -> None:
 
 
 def _enough_near(gathering: Gathering, party: str, parties: Sequence[str], spec: SumSpec) -> bool:
-    holders = gathering.holders(party)
-    present = len(set(holders) & set(parties))
-    return present >= graph.threshold(len(holders), spec.min_survivors)
+    present = len(set(gathering.holders(party)) & set(parties))
+    return present >= gathering.threshold(party, spec.min_survivors)
 
 
 def _public(secret: bytes) -> bytes:

@@ -24,6 +24,8 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from atoll.privacy.errors import BadParameters
+
 Integers = npt.NDArray[np.int64]
 
 CONTRIBUTE: Final = "contribute"
@@ -50,6 +52,14 @@ class SumSpec:
     bound: int
     parties: int
     min_survivors: int
+
+    def __post_init__(self) -> None:
+        """Refuse a sum of nothing; raise :class:`BadParameters`."""
+        if min(self.length, self.bound, self.parties, self.min_survivors) < 1:
+            raise BadParameters(
+                f"a sum of {self.length} values up to {self.bound} over {self.parties} parties, "
+                f"{self.min_survivors} at least: each must be 1 or more"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, select
 from atoll.federation.errors import BadPlan
 from atoll.federation.plan import Privacy, loads
 from atoll.privacy.accounting import Event, Spent, from_json, spent
-from atoll.privacy.ledger import UNITS, Unit, unit_of
+from atoll.privacy.ledger import UNITS, Unit, composed, unit_of
 from atoll.server import schema
 from atoll.server.web_read import first, rows
 
@@ -50,7 +50,7 @@ class Account:
     @property
     def spent(self) -> Spent:
         """Return what is spent."""
-        return _spent(self.events, self.terms.delta)
+        return self._spent(len(self.events))
 
     @property
     def curve(self) -> dict[int, float]:
@@ -58,7 +58,10 @@ class Account:
         count = len(self.events)
         step = max(1, math.ceil(count / POINTS))
         at = sorted({*range(step, count + 1, step), count})
-        return {n: _spent(self.events[:n], self.terms.delta).epsilon_pld for n in at}
+        return {n: self._spent(n).epsilon_pld for n in at}
+
+    def _spent(self, charges: int) -> Spent:
+        return _spent(tuple(composed(self.events[:charges], self.unit)), self.terms.delta)
 
 
 def accounts(connection: Connection, delta: float | None = None) -> list[Account]:

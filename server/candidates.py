@@ -92,7 +92,8 @@ def write(
         output=bundles.Output(export.OUTPUT),
         classes=task.classes,
         channels=task.channels,
-        metrics=_numbers(facts),
+        # How long rounds took and what they sent would tell how many took part in them.
+        metrics=_numbers({name: value for name, value in facts.items() if name != "rounds"}),
         telemetry_noise=plan.privacy.telemetry_noise,
     )
     return bundles.write(

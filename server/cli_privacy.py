@@ -201,16 +201,19 @@ def _facts(made: "Forecast") -> dict[str, object]:
         "ε by Rényi": _number(_bounded(made.epsilon_rdp)),
         "holds for": _HOLDS[made.relation],
         "noise on the mean": f"{made.mean_noise:.4g} × clipping norm",
-        "a device's share": f"{made.device_share:.4g} × clipping norm, if devices make the noise",
+        "a device's share": f"{made.device_share:.4g} × clipping norm or more, if devices add it",
     }
 
 
 def _drawn(series: "Series") -> str:
     if series.sampling == "poisson":
         share = series.cohort / series.population
-        return f"each with probability {share:.4g}, in secret"
+        return (
+            f"each with probability {share:.4g}, in secret (a run is charged so with "
+            'noise = "central" and min_devices well below the cohort alone)'
+        )
     if series.sampling == "fixed":
-        return "exactly so many, drawn in secret"
+        return "exactly so many, drawn in secret (no plan draws cohorts so; for comparison)"
     return "chosen in the open"
 
 

@@ -155,8 +155,8 @@ def run(
     return Result(manifest, verdicts, facts)
 
 
-def event_of(plan: Plan, trainers: int) -> Event:
-    """Return what one round of the plan costs to a population of ``trainers``.
+def event_of(plan: Plan, connected: int) -> Event:
+    """Return what one round costs its population, ``connected`` trainers of which are there.
 
     The update and its riders are one release. Sampling counts where it amplifies
     (:func:`atoll.federation.release.amplification`), and nowhere else.
@@ -164,7 +164,7 @@ def event_of(plan: Plan, trainers: int) -> Event:
     spec = release.update_spec(plan, plan.privacy.clip_norm)
     if not spec.multiplier:
         return Unnoised()
-    return Gaussian(spec.multiplier, release.amplification(plan, trainers))
+    return Gaussian(spec.multiplier, release.amplification(plan, connected))
 
 
 def example_event(plan: Plan) -> Gaussian | None:
@@ -192,12 +192,16 @@ def _train(
 ) -> parameters.Vector:
     plan = job.plan
     reports: list[RoundReport] = []
-    event, of_example = event_of(plan, len(job.cohort.trainers)), example_event(plan)
+    of_example = example_event(plan)
 
-    def charge(number: int) -> float | None:
+    def charge(number: int, connected: int) -> float | None:
+        event = event_of(plan, connected)
+        # A round taken up again may find others connected, and then costs something else.
+        claimed = plan.cohort.sampling_rate is None or getattr(event, "sampling", None) is not None
+        charge_id = f"{job.run}/{number}" + ("" if claimed else "/in-full")
         if examples is not None and of_example is not None:
             examples.charge(f"{job.run}/{number}/examples", of_example)
-        spent = ledger.charge(f"{job.run}/{number}", event).epsilon_pld
+        spent = ledger.charge(charge_id, event).epsilon_pld
         return spent if isfinite(spent) else None
 
     def heard(report: RoundReport) -> None:
@@ -266,7 +270,7 @@ def _evaluate(job: Job, weights: parameters.Vector) -> dict[str, EvaluateReply]:
     """Evaluate the float weights on the devices' held-back data; return the sound replies."""
     timeout = job.plan.cohort.round_timeout
     replies = evaluation.evaluate(
-        job.grid, job.cohort, job.plan.task, weights, "test", timeout, clock=job.clock
+        job.grid, job.cohort, job.plan.task, weights, timeout, clock=job.clock
     )
     sound = {
         name: reply

@@ -95,6 +95,12 @@ def sentence(
     released, whom, deed = HIDDEN[unit]
     if math.isinf(total.epsilon_pld):
         plain = sum(isinstance(event, Unnoised) for event in events)
+        if unit == "row":
+            return (
+                f"Under {plain} of {len(events)} releases devices tell what they count without "
+                f"noise, so no ε bounds what that reveals about {whom}. telemetry_noise in a plan "
+                "adds it."
+            )
         return (
             f"{plain} of {len(events)} sums were opened without noise, so no ε bounds what they "
             f"reveal about {whom}. Encryption can hide single updates; it never hides their sum."

@@ -101,7 +101,7 @@ def federated_plain(
         quiet,
         cohort,
         modes.hub_session("plain", {}),
-        lambda _: None,
+        lambda *_: None,
         heard,
         parameters.flatten(Spar().model(seed)),
         run=f"reference-{seed}",

@@ -66,7 +66,7 @@ class Fleet:
             the_plan,
             self.cohort,
             hub_session(the_plan.privacy.mode, self.cohort.roster),
-            charge,
+            lambda number, _: charge(number),
             on_round,
             parameters.flatten((task or Blobs()).model(the_plan.seed)),
             run=run,
@@ -81,7 +81,7 @@ def fleet(
     devices: int,
     tasks: Mapping[str, Blobs] | None = None,
     sums: Callable[[str, PartySum], PartySum] = lambda _, party: party,
-    least_noise: Mapping[str, float] = {},
+    floors: Mapping[str, client_app.Floor] = {},
 ) -> Fleet:
     """Return a fleet of ``devices``: all train, all evaluate."""
     now = datetime.now(UTC)
@@ -104,7 +104,7 @@ def fleet(
             write(folder / name, number),
             lambda mode, me=me, name=name: sums(name, party_session(mode, me)),
             {"echo": bytes.upper},
-            least_noise=least_noise.get(name, 0.0),
+            floor=floors.get(name, client_app.NO_FLOOR),
         )
     cohort = rounds.Cohort(members, sorted(members), sorted(members))
     return Fleet(InProcessGrid(apps), cohort)

@@ -48,7 +48,7 @@ def main(grid: Grid, context: Context) -> None:
         the_plan,
         cohort,
         hub_session(the_plan.privacy.mode, cohort.roster),
-        lambda _: None,
+        lambda *_: None,
         on_round,
         parameters.flatten(Blobs().model(the_plan.seed)),
         run=str(context.run_config["job"]),
@@ -56,7 +56,7 @@ def main(grid: Grid, context: Context) -> None:
     survivors = reports[-1]["survivors"]
     nodes = {name: cohort.nodes[name] for name in survivors}
     there = rounds.Cohort(members, survivors, survivors)
-    scores = evaluate(grid, there, "blobs", done.weights, "test", 20)
+    scores = evaluate(grid, there, "blobs", done.weights, 20)
     started = time.monotonic()
     answers = ask(grid, nodes, "echo", b"ping", 20)
     seconds = time.monotonic() - started

@@ -19,7 +19,6 @@ from atoll.federation.task import Examples
 from atoll.federation.training import Sgd
 from atoll.privacy.errors import BadParameters
 from atoll.privacy.keystream import Keystream
-from atoll.privacy.noise import attainable
 from atoll.simulations import spar_net
 
 CLASSES = 3
@@ -266,7 +265,7 @@ def test_an_empty_batch_is_a_step_of_noise_of_the_right_variance_on_the_grid(noi
     near = np.abs(noise) < 2**24
     assert near.mean() > 0.999
     assert np.array_equal(noise[near], np.round(noise[near]))
-    square = float(noise @ noise) / attainable(noise_multiplier * SENSITIVITY) ** 2
+    square = float(noise @ noise) / (noise_multiplier * SENSITIVITY) ** 2
     low, high = stats.chi2.ppf([1e-5, 1 - 1e-5], noise.size)
     assert low < square < high
     assert math.isnan(done.loss)

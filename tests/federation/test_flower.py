@@ -46,6 +46,7 @@ def test_an_encrypted_run_completes_without_a_killed_node(
         nodes[device] = hub.admin.register_node(mine.public_pem())
         data[device] = write(tmp_path / device, number)
     (data["three"] / "stall-after").write_text("1")
+    (data["one"] / "forgetful").touch()
     job = {
         "plan": PLAN.format(rounds=2, timeout=90),
         "nodes": nodes,
@@ -74,6 +75,9 @@ def test_an_encrypted_run_completes_without_a_killed_node(
     assert result["answers"] == {"one": "PING", "two": "PING"}
     bundled = 'POST /v1/runtime/send-messages HTTP/1.1" 200'
     assert (bundled in (hub.folder / "superlink.log").read_text()) == (superlink == "hub")
+    # Answers were lost, and no message with them.
+    lost = "the connection was cut" in (hub.folder / "one.log").read_text()
+    assert lost == (superlink == "hub")
     spent = re.findall(
         r"^(\S+): ([0-9.]+) s to fetch", (hub.folder / "one.log").read_text(), re.MULTILINE
     )

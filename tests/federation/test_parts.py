@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from atoll.federation import messages, parameters, plan, task, training
 from atoll.federation.errors import BadMessage, BadPlan, DataMissing, TaskMissing
-from atoll.federation.exchange import poll_delay
+from atoll.federation.exchange import FASTEST_POLL, poll_delay
 from atoll.federation.flower import TlsFiles, superexec_command, superlink_command
 from atoll.privacy.update import Placement
 
@@ -99,8 +99,8 @@ def test_a_message_without_the_record_is_refused() -> None:
 
 @given(st.floats(min_value=0, max_value=1e6), st.floats(min_value=0.1, max_value=2))
 def test_a_wait_grows_by_a_third_at_most(waited: float, slowest: float) -> None:
-    assert 0.1 <= poll_delay(waited, slowest) <= slowest
-    assert poll_delay(waited, slowest) <= max(waited / 3, 0.1)
+    assert FASTEST_POLL <= poll_delay(waited, slowest) <= slowest
+    assert poll_delay(waited, slowest) <= max(waited / 3, FASTEST_POLL)
 
 
 def test_the_size_of_a_message_is_its_payload() -> None:

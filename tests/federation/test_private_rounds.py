@@ -15,6 +15,7 @@ from torch import nn
 
 from atoll.federation import parameters, training
 from atoll.federation.checkpoints import Checkpoint, Checkpoints
+from atoll.federation.client_app import Floor
 from atoll.federation.cohort import draw
 from atoll.federation.errors import RoundFailed
 from atoll.federation.rounds import PATIENCE, RoundReport
@@ -77,7 +78,7 @@ def test_a_round_steps_by_the_weighed_mean(tmp_path: Path, mode: str) -> None:
             before,
             Fewer(rows).load(tmp_path / name, "train"),
             plan.training,
-            training.local_seed(plan.seed, 1, name),
+            training.local_seed(plan.seed, "run", 1, name),
         ).weights
         - before
         for name, rows in ROWS.items()
@@ -198,7 +199,7 @@ def test_a_mean_that_hides_its_cohort_is_taken_over_the_expected_one(tmp_path: P
             before,
             Blobs().load(tmp_path / name, "train"),
             plan.training,
-            training.local_seed(plan.seed, 1, name),
+            training.local_seed(plan.seed, "run", 1, name),
         ).weights
         - before
         for name in reports[0].survivors
@@ -288,17 +289,44 @@ def test_what_cannot_be_is_refused_before_anything_is_charged(tmp_path: Path) ->
     assert charged == []
 
 
+def run_with_floors(tmp_path, plan, **floors: Floor) -> RoundReport:
+    reports: list[RoundReport] = []
+    asked = {name.replace("_", "-"): floor for name, floor in floors.items()}
+    fleet(tmp_path, 3, floors=asked).run(plan, on_round=reports.append)
+    return reports[0]
+
+
 @pytest.mark.parametrize(
     ("noise", "refusing"), [("distributed", {"device-2"}), ("central", {"device-2", "device-3"})]
 )
 def test_a_device_trains_only_where_as_much_noise_is_added_as_it_asks(
     tmp_path: Path, noise: str, refusing: set[str]
 ) -> None:
-    asked = {"device-2": 0.6, "device-3": 0.5}
-    reports: list[RoundReport] = []
     plan = varied(
-        plan_of(count=1, least=1, noise=0.5), privacy={"noise": noise}, cohort={"min_devices": 1}
+        plan_of("secagg" if noise == "distributed" else "plain", count=1, noise=0.5),
+        privacy={"noise": noise},
+        cohort={"min_devices": 2 if noise == "distributed" else 1},
     )
-    fleet(tmp_path, 3, least_noise=asked).run(plan, on_round=reports.append)
-    assert set(reports[0].dropped) == refusing
-    assert "noise of multiplier 0.6 or more" in reports[0].dropped["device-2"]
+    report = run_with_floors(tmp_path, plan, device_2=Floor(0.6), device_3=Floor(0.5))
+    assert set(report.dropped) == refusing
+    assert "noise of multiplier 0.6 or more" in report.dropped["device-2"]
+
+
+def test_riders_and_the_others_shares_do_not_talk_a_floor_away(tmp_path: Path) -> None:
+    riding = varied(
+        plan_of("secagg", count=1, noise=1.0),
+        training={"weighting": "capped", "weight_cap": 10},
+        privacy={"rider_noise_multiplier": 0.5, "bits": 20},
+        cohort={"min_devices": 2},
+    )
+    report = run_with_floors(tmp_path / "riding", riding, device_1=Floor(0.5))
+    assert "this round's is 0.447" in report.dropped["device-1"]  # (1 + 4)^-1/2
+    plain = varied(plan_of(count=1, noise=1.0), cohort={"min_devices": 2})
+    report = run_with_floors(tmp_path / "plain", plain, device_1=Floor(0.8))
+    assert "this round's is 0.707" in report.dropped["device-1"]  # its share of two
+
+
+def test_a_device_trains_only_among_as_many_as_it_asks(tmp_path: Path) -> None:
+    plan = varied(plan_of("secagg", count=1), cohort={"min_devices": 2})
+    report = run_with_floors(tmp_path, plan, device_1=Floor(devices=3), device_2=Floor(devices=2))
+    assert set(report.dropped) == {"device-1"}

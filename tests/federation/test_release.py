@@ -15,8 +15,18 @@ def sampled(rate: float = 0.1, least: int = 50, **privacy: object) -> Plan:
 
 
 def test_amplification_is_claimed_for_a_large_fleet_with_central_noise() -> None:
-    assert release.amplification(sampled(), 1000) == 0.1
-    assert release.devices(sampled(), 1000, 93) == pytest.approx(100)
+    plan = sampled(least=40)
+    assert release.amplification(plan, 1000) == 0.1
+    assert release.devices(plan, 1000, 1000, 93) == pytest.approx(100)
+    # With a quarter of it away, the mean is still over those that were to be expected.
+    assert release.amplification(sampled(least=20), 750) == 0.1
+    assert release.devices(sampled(least=20), 1000, 750, 71) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("connected", [0, 1, 100, 500, 700, 800])
+def test_amplification_is_not_claimed_when_too_many_are_away(connected: int) -> None:
+    assert release.amplification(sampled(least=40), connected) is None
+    assert release.devices(sampled(least=40), 1000, connected, 60) == 60
 
 
 @pytest.mark.parametrize(
@@ -33,13 +43,13 @@ def test_amplification_is_claimed_for_a_large_fleet_with_central_noise() -> None
 )
 def test_amplification_is_claimed_nowhere_else(plan: Plan, trainers: int) -> None:
     assert release.amplification(plan, trainers) is None
-    assert release.devices(plan, trainers, 7) == 7
+    assert release.devices(plan, trainers, trainers, 7) == 7
 
 
-@pytest.mark.parametrize("least", range(40, 80))
+@pytest.mark.parametrize("least", range(30, 80))
 def test_the_edge_is_where_thrown_away_rounds_would_show_in_delta(least: int) -> None:
     plan = sampled(least=least)
-    shows = 100 * 0.1 * stats.binom.pmf(least - 1, 999, 0.1)
+    shows = 100 * 0.1 * stats.binom.pmf(least - 1, 899, 0.1)  # a tenth may drop out
     assert (release.amplification(plan, 1000) is not None) == (shows <= 1e-7)
 
 

@@ -55,8 +55,8 @@ def test_a_cohort_learns_what_separates_the_classes(tmp_path: Path, mode: str) -
     plan = plan_of(mode, count=4)
     done = here.run(plan, on_round=reports.append)
     before = parameters.flatten(Blobs().model(plan.seed))
-    scores = evaluate(here.grid, here.cohort, "blobs", done.weights, "test", 5)
-    untrained = evaluate(here.grid, here.cohort, "blobs", before, "test", 5)
+    scores = evaluate(here.grid, here.cohort, "blobs", done.weights, 5)
+    untrained = evaluate(here.grid, here.cohort, "blobs", before, 5)
     assert set(scores) == set(here.cohort.members)
     assert accuracy(scores) > 0.9 > accuracy(untrained)
     assert [report.round for report in reports] == [1, 2, 3, 4]
@@ -99,10 +99,12 @@ def test_an_encrypted_run_gives_exactly_the_plain_model(tmp_path: Path) -> None:
 
 def test_a_seed_gives_the_same_model_and_noise_another(tmp_path: Path) -> None:
     first = fleet(tmp_path / "a", 3).run(plan_of())
-    again = fleet(tmp_path / "b", 3).run(plan_of(), run="another")
+    again = fleet(tmp_path / "b", 3).run(plan_of())
     noised = fleet(tmp_path / "c", 3).run(plan_of(noise=0.1))
+    other = fleet(tmp_path / "d", 3).run(plan_of(), run="another")
     assert np.array_equal(first.weights, again.weights)
     assert not np.array_equal(first.weights, noised.weights)
+    assert not np.array_equal(first.weights, other.weights)
 
 
 @pytest.mark.parametrize("mode", ["plain", "he"])
@@ -288,7 +290,7 @@ def test_queries_reach_the_devices_and_failures_leave_the_others(tmp_path: Path)
 def test_evaluation_counts_rows_and_leaves_out_who_fails(tmp_path: Path) -> None:
     here = fleet(tmp_path, 2, {"device-2": Broken()})
     weights = parameters.flatten(Blobs().model(0))
-    scores = evaluate(here.grid, here.cohort, "blobs", weights, "train", 5)
+    scores = evaluate(here.grid, here.cohort, "blobs", weights, 5)
     assert set(scores) == {"device-1"}
     assert scores["device-1"].rows == 60
     assert math.isfinite(scores["device-1"].loss)

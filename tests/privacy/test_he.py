@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from sum_protocol import NAMES, Cohort, SumContract, expected, fleet, nothing_lost, terms_of
 
-from atoll.privacy import bfv, frames
+from atoll.privacy import agreement, bfv, frames
 from atoll.privacy.errors import BadParameters, Refused, SumFailed
-from atoll.privacy.he import AGREE, DEAL, DECRYPT, quorum
+from atoll.privacy.he import AGREE, DEAL, DECRYPT
 from atoll.privacy.he_hub import HeHubSession
 from atoll.privacy.modes import hub_session, party_session
 from atoll.privacy.packing import Layout
@@ -232,7 +232,7 @@ def test_a_list_that_too_few_signed_is_not_opened(cohort):
     _, ask = cohort.until(DECRYPT, spec, terms_of(cohort.names, spec))
     party, payload = next(iter(ask.payloads.items()))
     frame = frames.unpack(payload)
-    kept = quorum(5) - 1
+    kept = agreement.quorum(5, spec.min_survivors) - 1
     payload = forge(
         payload, [*frame.parts[:kept], *frame.parts[5:]], signers=frame.texts("signers")[:kept]
     )
@@ -259,10 +259,50 @@ def test_one_sum_is_opened_a_round(cohort):
         cohort.parties[party].answer(spec, DECRYPT, forge(payload, note="again"), None)
 
 
-def test_two_overlapping_lists_cannot_both_reach_a_quorum():
+def test_two_lists_cannot_both_reach_a_quorum():
     for n in range(2, 60):
-        for left_out in range(1, (n + 1) // 2):
-            assert quorum(n) + quorum(n - left_out) > n
+        for least in range(2, n + 1):
+            assert 2 * agreement.quorum(n, least) > n
+
+
+def test_what_the_key_opens_of_a_single_term_is_noise_in_every_slot(cohort):
+    spec = cohort.spec(length=4095 * 3, bound=100)
+    terms = {name: np.zeros(spec.length, dtype=np.int64) for name in cohort.names}
+    hub, ask = cohort.until(CONTRIBUTE, spec, terms)
+    replies = cohort.ask(hub, spec, ask, terms, nothing_lost)
+    held = cohort.parties[NAMES[0]]._held
+    opened = {
+        name: np.stack([held.bfv.decrypt(part) for part in frames.unpack(reply).parts])
+        for name, reply in replies.items()
+    }
+    for name, slots in opened.items():
+        pads = held.pads_of(spec, name, len(slots))
+        assert not ((slots - pads) % held.bfv.modulus).any()
+    every = np.concatenate([slots.ravel() % held.bfv.modulus for slots in opened.values()])
+    assert len(np.unique(every)) == every.size  # of 2**46: none twice
+    counts = np.histogram(every, bins=64, range=(0, held.bfv.modulus))[0]
+    chi_square = float(((counts - every.size / 64) ** 2 / (every.size / 64)).sum())
+    assert chi_square < 63 + 6 * np.sqrt(126)
+
+
+def test_a_plain_modulus_that_is_not_the_rosters_is_refused(cohort):
+    spec = cohort.spec()
+    ask = cohort.open(spec).start()
+    (dealer,) = ask.payloads
+    with pytest.raises(Refused, match="not that of this roster"):
+        cohort.parties[dealer].answer(spec, DEAL, forge(ask.payloads[dealer], plain_bits=30), None)
+
+
+def test_a_signature_that_does_not_hold_is_refused_by_the_hub(cohort):
+    spec = cohort.spec()
+    terms = terms_of(cohort.names, spec)
+    hub, ask = cohort.until(AGREE, spec, terms)
+    liar = NAMES[3]
+    reply = cohort.parties[liar].answer(spec, AGREE, ask.payloads[liar], None)
+    with pytest.raises(Refused, match="did not make"):
+        hub.receive(liar, forge(reply, [b"nonsense"]))
+    total = cohort.finish(hub, spec, ask, terms, lambda _, party: party == liar)
+    assert total.values.tolist() == expected(terms, NAMES)
 
 
 # The key ceremony
@@ -395,7 +435,7 @@ def test_packing_keeps_the_extremes_apart(bits):
     spec = SumSpec(RoundKey("run", 1), 9000, 100, 8, 2)
     layout = Layout.of(spec, bits)
     signs = np.where(np.arange(9000) % 3 == 0, -100, 100).astype(np.int64)
-    slots = sum(layout.pack(signs, np.zeros(layout.blocks, dtype=np.int64)) for _ in range(8))
+    slots = sum(layout.pack(signs) for _ in range(8))
     assert np.abs(slots).max() <= layout.modulus // 2
     values, _ = layout.unpack(slots)
     assert (values == 8 * signs).all()

@@ -79,8 +79,17 @@ def test_units_have_accounts_of_their_own(store):
     assert ledger(store, unit="row").spent() == rows
     assert ledger(store, unit="example").spent().epsilon_pld == 0.0
     with pytest.raises(BudgetExceeded, match="per row"):
-        ledger(store, budget=rows.epsilon_pld, unit="row").charge("rows/2", EVENT)
+        ledger(store, budget=rows.epsilon_pld, unit="row").charge("rows/2", Gaussian(1.9))
     assert ledger(store, budget=rows.epsilon_pld).charge("run/2", EVENT) == ledger(store).spent()
+
+
+def test_of_releases_to_rows_the_dearest_counts_alone(store):
+    rows = ledger(store, unit="row")
+    dear = rows.charge("telemetry/1", Gaussian(1.5))
+    assert rows.charge("telemetry/2", Gaussian(3.0)) == dear
+    assert rows.charge("telemetry/3", Gaussian(1.5)) == dear
+    assert rows.charge("telemetry/4", Gaussian(1.0)).epsilon_pld > dear.epsilon_pld
+    assert rows.charge("telemetry/5", Unnoised()).epsilon_pld == math.inf
 
 
 def test_a_charge_is_of_one_unit(store):

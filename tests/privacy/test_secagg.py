@@ -1,14 +1,17 @@
 """The masked sum keeps the contract, and what a dishonest hub or device tries fails."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sum_protocol import NAMES, Cohort, SumContract, expected, fleet, nothing_lost, terms_of
 
-from atoll.privacy import frames, shamir
+from atoll.privacy import frames, shamir, wrapping
 from atoll.privacy.errors import Refused, SumFailed, TooFewSurvivors
 from atoll.privacy.ring import Ring
-from atoll.privacy.secagg import ADVERTISE, AGREE, SHARE, UNMASK
-from atoll.privacy.sums import CONTRIBUTE, Ask
+from atoll.privacy.secagg import AGREE, SHARE, UNMASK
+from atoll.privacy.secagg_keys import ADVERTISE, Gathering, advert_statement, sum_context
+from atoll.privacy.sums import CONTRIBUTE, Ask, RoundKey, SumSpec
 
 PHASES = (ADVERTISE, SHARE, CONTRIBUTE, AGREE, UNMASK)
 
@@ -47,8 +50,6 @@ def test_two_of_five_may_vanish_in_any_phase(cohort, phase, ahead):
     total = cohort.sum(spec, terms, lambda at, party: party in gone and _since(at, phase))
     late = PHASES.index(phase) > PHASES.index(CONTRIBUTE)
     survivors = list(NAMES) if late else [name for name in NAMES if name not in gone]
-    if ahead and phase in (ADVERTISE, SHARE):
-        assert list(total.survivors) == [name for name in NAMES if name not in gone]
     assert list(total.survivors) == survivors
     assert total.values.tolist() == expected(terms, survivors)
 
@@ -130,30 +131,32 @@ def test_16_bits_of_ten_devices_take_20_bits_each():
 
 
 def _spec(length, bound, parties):
-    from atoll.privacy.sums import RoundKey, SumSpec
-
     return SumSpec(RoundKey("run", 1), length, bound, parties, 2)
 
 
-def test_40_devices_mask_with_38_each_and_the_sum_is_exact():
-    cohort = Cohort("secagg", 40)
-    spec = cohort.spec(length=50, min_=27)
+def test_a_large_cohort_masks_with_some_and_the_sum_is_exact():
+    cohort = Cohort("secagg", 85)
+    spec = cohort.spec(length=50, min_=50)
     terms = terms_of(cohort.names, spec)
     gone = set(cohort.names[::8])
-    dealt = []
-
-    def lost(phase, party):
-        if phase == SHARE:
-            dealt.append(party)
-        return phase == CONTRIBUTE and party in gone
-
-    total = cohort.sum(spec, terms, lost)
-    assert len(dealt) == 40
+    total = cohort.sum(spec, terms, lambda at, party: at == CONTRIBUTE and party in gone)
     assert set(total.survivors) == set(cohort.names) - gone
     assert total.values.tolist() == expected(terms, total.survivors)
-    following = cohort.session.following
-    # An even number of neighbours: of the 35 survivors each has 34.
-    assert {len(pieces) for pieces in following.sealed.values()} == {34}
+
+
+def test_survivors_between_whom_no_mask_is_left_are_not_signed():
+    cohort = Cohort("secagg", 85)
+    spec = cohort.spec(min_=2)
+    terms = terms_of(cohort.names, spec)
+    hub, ask = cohort.until(CONTRIBUTE, spec, terms)
+    alone = cohort.names[0]
+    gone = set(hub._ready.gather().near[alone])
+    cohort.ask(hub, spec, ask, terms, lambda _, party: party in gone)
+    step = hub.advance()
+    assert step.phase == AGREE
+    for name in (alone, next(name for name in step.payloads if name != alone)):
+        with pytest.raises(Refused, match="fall into parts"):
+            cohort.parties[name].answer(spec, AGREE, step.payloads[name], None)
 
 
 # What the hub sees
@@ -281,9 +284,10 @@ def test_adverts_are_shared_into_once_and_only_where_ones_own_is_among_them(coho
     spec = cohort.spec()
     _, ask = ask_of(cohort, spec, SHARE)
     party, payload = cohort.parties[NAMES[0]], ask.payloads[NAMES[0]]
-    other = ask.payloads[NAMES[1]]
-    with pytest.raises(Refused):
-        party.answer(spec, SHARE, forge(other, party=NAMES[0]), None)
+    changed = parts_of(payload)
+    changed[0] = bytes(32) + changed[0][32:]  # this device's own, the first
+    with pytest.raises(Refused, match="own advert"):
+        party.answer(spec, SHARE, forge(payload, changed), None)
     digests = parts_of(payload)
     digests[0] = digests[0][:-32] + bytes(32)
     with pytest.raises(Refused, match="not the one everybody sees"):
@@ -337,15 +341,86 @@ def test_a_hub_that_tells_two_stories_of_who_shared_gets_noise(cohort):
     spec = cohort.spec(min_=3)
     terms = terms_of(cohort.names, spec)
     hub, ask = ask_of(cohort, spec, CONTRIBUTE)
-    payload = ask.payloads[NAMES[0]]
-    parts = parts_of(payload)[:-1]
-    told = forge(payload, parts, sharers=[*NAMES[:4]])
-    odd = Ask(CONTRIBUTE, {**ask.payloads, NAMES[0]: told})
-    cohort.ask(hub, spec, odd, terms, nothing_lost)
+    odd, left_out = NAMES[0], NAMES[4]
+    told = forge(ask.payloads[odd], parts_of(ask.payloads[odd])[:-1], sharers=[*NAMES[:4]])
+    cohort.ask(hub, spec, Ask(CONTRIBUTE, {**ask.payloads, odd: told}), terms, nothing_lost)
     step = hub.advance()
-    # That device signs nothing that the others sign.
+    # To that device one of the survivors is a stranger ...
     with pytest.raises(Refused, match="names strangers"):
-        cohort.parties[NAMES[0]].answer(spec, step.phase, step.payloads[NAMES[0]], None)
+        cohort.parties[odd].answer(spec, AGREE, step.payloads[odd], None)
+    # ... what it would sign, the others do not count ...
+    own = forge(step.payloads[odd], survivors=[*NAMES[:4]])
+    signature = parts_of(cohort.parties[odd].answer(spec, AGREE, own, None))[0]
+    with pytest.raises(Refused, match="did not make"):
+        hub.receive(odd, forge(own, [signature, b""]))
+    # ... and without it the masks that it shares with the others stay.
+    total = cohort.finish(hub, spec, step, terms, lambda _, party: party == odd)
+    assert total.values.tolist() != expected(terms, NAMES)
+    assert left_out in total.survivors
+
+
+@pytest.mark.parametrize("changed", [{"min_": 4}, {"bound": 101}, {"length": 6}])
+def test_nothing_of_a_round_is_answered_under_another_spec(cohort, changed):
+    spec, other = cohort.spec(min_=3), cohort.spec(**{"min_": 3, **changed})
+    terms = terms_of(cohort.names, spec)
+    hub, ask = ask_of(cohort, spec, CONTRIBUTE)
+    party, name = cohort.parties[NAMES[0]], NAMES[0]
+    if "min_" in changed:  # the pieces were dealt for another one
+        with pytest.raises(Refused, match="another minimum"):
+            party.answer(other, CONTRIBUTE, ask.payloads[name], terms[name])
+    cohort.ask(hub, spec, ask, terms, nothing_lost)
+    step = hub.advance()
+    with pytest.raises(Refused, match="no part in that round"):
+        party.answer(other, AGREE, step.payloads[name], None)
+    cohort.ask(hub, spec, step, terms, nothing_lost)
+    step = hub.advance()
+    with pytest.raises(Refused, match="no part in that round"):
+        party.answer(other, UNMASK, step.payloads[name], None)
+
+
+def test_masks_are_bound_to_the_spec_and_to_who_shared():
+    gathering = Gathering(RoundKey("run", 1), {name: bytes(32) for name in NAMES})
+    spec = SumSpec(RoundKey("run", 1), 5, 100, 5, 3)
+    contexts = {
+        sum_context(gathering, NAMES, spec),
+        sum_context(gathering, NAMES[:4], spec),
+        *(
+            sum_context(gathering, NAMES, replace(spec, **{field: value}))
+            for field, value in (("length", 6), ("bound", 9), ("parties", 6), ("min_survivors", 4))
+        ),
+        sum_context(Gathering(RoundKey("run", 2), gathering.digests), NAMES, spec),
+        sum_context(Gathering(RoundKey("other", 1), gathering.digests), NAMES, spec),
+    }
+    assert len(contexts) == 8
+
+
+def test_keys_are_not_made_anew_for_a_round_that_was_answered(cohort):
+    spec = cohort.spec()
+    cohort.sum(spec, terms_of(cohort.names, spec))
+    ask = frames.pack(frames.address(spec.key, ADVERTISE, NAMES[0]))
+    with pytest.raises(Refused, match="answered already"):
+        cohort.parties[NAMES[0]].answer(spec, ADVERTISE, ask, None)
+
+
+def test_too_few_neighbours_to_open_a_mask_get_no_term(cohort):
+    spec = cohort.spec(min_=2)
+    terms = terms_of(cohort.names, spec)
+    _, ask = ask_of(cohort, spec, CONTRIBUTE)
+    payload = ask.payloads[NAMES[0]]
+    few = forge(payload, parts_of(payload)[:1], sharers=[*NAMES[:2]])
+    with pytest.raises(Refused, match="too few neighbours"):
+        cohort.parties[NAMES[0]].answer(spec, CONTRIBUTE, few, terms[NAMES[0]])
+
+
+def test_one_who_signs_must_be_a_survivor(cohort):
+    spec = cohort.spec(min_=3)
+    gone = NAMES[4]
+    _, ask = ask_of(cohort, spec, UNMASK, lambda phase, party: (phase, party) == (CONTRIBUTE, gone))
+    payload = ask.payloads[NAMES[0]]
+    frame = frames.unpack(payload)
+    signers = [*frame.texts("signers")[:-1], gone]
+    with pytest.raises(Refused, match="too few of the survivors"):
+        cohort.parties[NAMES[0]].answer(spec, UNMASK, forge(payload, signers=signers), None)
 
 
 # What a dishonest device tries
@@ -364,13 +439,13 @@ def test_pieces_that_cannot_be_read_fail_the_sum_and_name_their_dealer(cohort):
         cohort.finish(hub, spec, hub.advance(), terms)
 
 
-def test_a_false_piece_is_found_out_and_done_without(cohort):
+def test_false_pieces_are_found_out_and_done_without(cohort):
     spec = cohort.spec(min_=3)
     terms = terms_of(cohort.names, spec)
     hub, ask = ask_of(cohort, spec, UNMASK)
     for name in NAMES:
         reply = cohort.parties[name].answer(spec, UNMASK, ask.payloads[name], None)
-        if name == NAMES[1]:
+        if name in (NAMES[1], NAMES[3]):
             reply = forge(reply, [bytes([9]) * shamir.PIECE_BYTES] * 5)
         hub.receive(name, reply)
     total = hub.advance()
@@ -390,6 +465,45 @@ def test_a_bad_advert_for_the_next_round_costs_its_sender_that_round_alone(cohor
     assert total.values.tolist() == expected(terms, NAMES)
     later = cohort.spec(round_=2)
     assert phases_of(cohort, later, terms_of(cohort.names, later)) == list(PHASES)
+
+
+def test_keys_that_share_no_secret_are_refused_before_others_stumble_on_them(cohort):
+    spec = cohort.spec()
+    terms = terms_of(cohort.names, spec)
+    hub = cohort.open(spec)
+    ask = hub.start()
+    liar = NAMES[2]
+    me = fleet().identities[liar]
+    body = bytes(32) + bytes(32) + bytes(32)  # the point of order one
+    signature = wrapping.sign(me.key, advert_statement(spec.key, liar, body))
+    with pytest.raises(Refused, match="public key"):
+        hub.receive(
+            liar, frames.pack(frames.address(spec.key, ADVERTISE, liar), [body + signature])
+        )
+    total = cohort.finish(hub, spec, ask, terms, lambda _, party: party == liar)
+    assert total.values.tolist() == expected(terms, total.survivors)
+
+
+def test_pieces_of_a_device_whose_advert_was_bad_are_not_kept(cohort):
+    spec = cohort.spec()
+    terms = terms_of(cohort.names, spec)
+    hub, ask = ask_of(cohort, spec, CONTRIBUTE)
+    liar = NAMES[3]
+    for name in NAMES:
+        reply = cohort.parties[name].answer(spec, CONTRIBUTE, ask.payloads[name], terms[name])
+        hub.receive(name, forge(reply, [parts_of(reply)[0], b"x"]) if name == liar else reply)
+    step = hub.advance()
+    for name in NAMES:
+        reply = cohort.parties[name].answer(spec, AGREE, step.payloads[name], None)
+        if name == liar:
+            ahead = frames.address(RoundKey("run", 2), SHARE, liar)
+            reply = forge(reply, [parts_of(reply)[0], frames.pack(ahead, [b"a", b"b", b"c", b"d"])])
+        hub.receive(name, reply)
+    total = cohort.finish(hub, spec, hub.advance(), terms)
+    assert total.values.tolist() == expected(terms, NAMES)
+    later = cohort.spec(round_=2)
+    terms = terms_of(cohort.names, later)
+    assert cohort.sum(later, terms).values.tolist() == expected(terms, NAMES)
 
 
 def test_a_signature_that_does_not_hold_is_refused_by_the_hub(cohort):

@@ -180,6 +180,7 @@ def test_sampling_is_charged_where_it_amplifies_alone():
     )
     assert pipeline.event_of(central, 1000) == Gaussian(0.8, 0.1)
     assert pipeline.event_of(central, 400) == Gaussian(0.8)
+    assert pipeline.event_of(central, 600) == Gaussian(0.8)  # of 1000, the others being away
     shared = varied(central, privacy={"noise": "distributed"})
     assert pipeline.event_of(shared, 1000) == Gaussian(0.8)
 
