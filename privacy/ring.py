@@ -130,12 +130,19 @@ class RunningSum:
 
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
-        self._sums = _zeros(ring, ring.words)
+        *low, top = ring.planes
+        # Twice a plane's width holds the carries of as many vectors as a plane has values.
+        wide = [np.dtype(f"<u{2 * plane.dtype.itemsize}") for plane in low]
+        self._sums = [np.zeros(ring.words, dtype=dtype) for dtype in (*wide, top.dtype)]
+        self._left = min((1 << 8 * plane.dtype.itemsize for plane in low), default=1 << 63)
 
     def add(self, data: bytes) -> None:
         """Add a vector in its wire form; raise :class:`Refused` for one of another size."""
         if len(data) != self._ring.size:
             raise Refused(f"{len(data)} bytes instead of {self._ring.size}")
+        if not self._left:
+            raise Refused("more vectors than this sum has room for")
+        self._left -= 1
         start = 0
         for plane, total in zip(self._ring.planes, self._sums, strict=True):
             part = np.frombuffer(data, dtype=plane.dtype, count=self._ring.words, offset=start)
