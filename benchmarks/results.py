@@ -18,8 +18,8 @@ def document(tables: Sequence[tuple[str, Sequence[dict[str, Any]]]], machine: st
         "# What was measured",
         "",
         f"By the programs in `benchmarks/`, each beside its peers in the same run, on {machine}.",
-        "`make bench` measures again, and with `--json` each tells more than stands here. A ratio "
-        "says how many times better ours is.",
+        "`make bench` measures again; with `--json` each tells more than stands here.",
+        "A ratio says how many times better ours is.",
     ]
     for name, rows in tables:
         lines += ["", f"## {name}", "", "| case | metric | ours | goal | peer | ratio |"]
