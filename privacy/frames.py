@@ -52,7 +52,7 @@ class Frame(NamedTuple):
         return value
 
 
-def pack(head: Mapping[str, object], parts: Sequence[bytes] = ()) -> bytes:
+def pack(head: Mapping[str, object], parts: Sequence[bytes | bytearray] = ()) -> bytes:
     """Lay out a payload; equal heads give equal bytes."""
     whole = {**head, "parts": [len(part) for part in parts]}
     text = json.dumps(whole, sort_keys=True, separators=(",", ":")).encode()
@@ -61,6 +61,19 @@ def pack(head: Mapping[str, object], parts: Sequence[bytes] = ()) -> bytes:
 
 def unpack(data: bytes) -> Frame:
     """Take a payload apart; raise :class:`Refused` for anything malformed."""
+    frame = view(data)
+    return Frame(frame.head, [bytes(part) for part in frame.parts])
+
+
+class View(NamedTuple):
+    """A payload taken apart where it lies: its parts are stretches of it."""
+
+    head: Mapping[str, object]
+    parts: Sequence[memoryview]
+
+
+def view(data: bytes) -> View:
+    """Take a payload apart without copying it; raise :class:`Refused` as :func:`unpack` does."""
     if len(data) < _LENGTH.size:
         raise Refused("a payload too short to be one")
     (length,) = _LENGTH.unpack_from(data)
@@ -78,11 +91,11 @@ def unpack(data: bytes) -> Frame:
         raise Refused("a payload without the lengths of its parts")
     if start + sum(lengths) != len(data):
         raise Refused("a payload whose parts do not fill it")
-    parts = []
+    whole, parts = memoryview(data), []
     for size in lengths:
-        parts.append(data[start : start + size])
+        parts.append(whole[start : start + size])
         start += size
-    return Frame(head, parts)
+    return View(head, parts)
 
 
 def address(key: RoundKey, phase: str, party: str) -> dict[str, object]:
@@ -90,7 +103,7 @@ def address(key: RoundKey, phase: str, party: str) -> dict[str, object]:
     return {"run": key.run, "round": key.round, "phase": phase, "party": party}
 
 
-def check_address(frame: Frame, key: RoundKey, phase: str, party: str) -> None:
+def check_address(frame: "Frame | View", key: RoundKey, phase: str, party: str) -> None:
     """Raise :class:`Refused` unless ``frame`` belongs to this round, phase and party."""
     for name, wanted in address(key, phase, party).items():
         if frame.head.get(name) != wanted:

@@ -106,16 +106,19 @@ class Ring:
             left = rest
         return digits.reshape(-1)[: self.length]
 
-    def masked(self, values: Integers, masks: Iterable["Mask"]) -> bytes:
+    def masked(self, values: Integers, masks: Iterable["Mask"]) -> bytearray:
         """Return the wire form of ``values``, int64 ``(length,)``, under ``masks``."""
         digits, masking = self._digits(values), _Masking(self, masks)
-        planes = [np.empty(self.words, dtype=plane.dtype) for plane in self.planes]
+        wire, planes, start = bytearray(self.size), [], 0
+        for plane in self.planes:
+            planes.append(np.frombuffer(wire, plane.dtype, self.words, start))
+            start += planes[-1].nbytes
         for start in range(0, self.words, _CHUNK):
             words = self._join(digits[:, start : start + _CHUNK])
             masking.add(words)
             for plane, out in zip(self.planes, planes, strict=True):
                 out[start : start + _CHUNK] = words >> np.uint64(plane.shift)
-        return b"".join(out.tobytes() for out in planes)
+        return wire
 
 
 class _Plane(NamedTuple):
@@ -136,10 +139,11 @@ class RunningSum:
         self._sums = [np.zeros(ring.words, dtype=dtype) for dtype in (*wide, top.dtype)]
         self._left = min((1 << 8 * plane.dtype.itemsize for plane in low), default=1 << 63)
 
-    def add(self, data: bytes) -> None:
+    def add(self, data: "bytes | bytearray | memoryview") -> None:
         """Add a vector in its wire form; raise :class:`Refused` for one of another size."""
-        if len(data) != self._ring.size:
-            raise Refused(f"{len(data)} bytes instead of {self._ring.size}")
+        size = memoryview(data).nbytes
+        if size != self._ring.size:
+            raise Refused(f"{size} bytes instead of {self._ring.size}")
         if not self._left:
             raise Refused("more vectors than this sum has room for")
         self._left -= 1

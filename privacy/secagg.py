@@ -121,7 +121,7 @@ class SecaggParty:
             raise Refused(str(error)) from error
         raise Refused(f"a masked sum has no phase {phase!r}")
 
-    def _reply(self, key: RoundKey, phase: str, parts: Sequence[bytes]) -> bytes:
+    def _reply(self, key: RoundKey, phase: str, parts: Sequence[bytes | bytearray]) -> bytes:
         return frames.pack(frames.address(key, phase, self._me.party), parts)
 
     # advertise

@@ -133,12 +133,15 @@ class SecaggHub:
         """Fold in one reply; raise :class:`Refused` for one that must not be used."""
         if party not in self._waiting:
             raise Refused(f"nothing is expected of {party!r}")
+        if self._phase == CONTRIBUTE:
+            self._fold_term(party, reply)
+            self._waiting.remove(party)
+            return
         frame = frames.unpack(reply)
         frames.check_address(frame, self._spec.key, self._phase, party)
         fold = {
             ADVERTISE: self._fold_advert,
             SHARE: self._fold_shares,
-            CONTRIBUTE: self._fold_term,
             AGREE: self._fold_signature,
             UNMASK: self._fold_pieces,
         }[self._phase]
@@ -241,13 +244,16 @@ class SecaggHub:
         head = {"gathering": gathering.id.hex(), "sharers": self._sharers}
         return self._ask(CONTRIBUTE, {party: (pieces[party], {}) for party in self._sharers}, head)
 
-    def _fold_term(self, party: str, frame: Frame) -> None:
+    def _fold_term(self, party: str, reply: bytes) -> None:
+        """Add a term where it lies: copying it would cost as much."""
+        frame = frames.view(reply)
+        frames.check_address(frame, self._spec.key, CONTRIBUTE, party)
         if len(frame.parts) != 2:
             raise Refused("a masked term comes with an advert")
         masked, advert = frame.parts
         self._sum.add(masked)
         self._survivors.append(party)
-        self._following.adverts[party] = advert
+        self._following.adverts[party] = bytes(advert)
 
     # agree
 
