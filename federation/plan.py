@@ -89,6 +89,11 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "server_tau belongs to fedadam, fedyogi and fedadagrad; fedavg adapts nothing: "
                 "leave it out, or change strategy"
             )
+        if self.step_cap is not None and self.momentum >= 1:
+            raise ValueError(
+                f"momentum = {self.momentum:g} never lets a gradient go, so steps have no weights "
+                "to divide an update by: lower momentum, or leave step_cap out"
+            )
         if self.learning_rate * self.proximal >= 2 * (1 + self.momentum):
             raise ValueError(
                 f"proximal = {self.proximal:g} at learning_rate = {self.learning_rate:g} pulls "

@@ -318,6 +318,7 @@ steps = 5
         ("server_tau = 0.1", "fedavg adapts nothing"),
         ("learning_rate = 1.0\nproximal = 3.8", "pulls past where it pulls to"),
         ("step_cap = 0", "step_cap"),
+        ("step_cap = 9\nmomentum = 1.0", "never lets a gradient go"),
         ("proximal = -1.0", "proximal"),
         ('strategy = "fednova"', "strategy"),
         (f"step_cap = 9\n{EXAMPLES}", "leave training.step_cap out"),
@@ -520,6 +521,13 @@ def test_devices_of_equal_steps_are_averaged_as_without_fednova(tmp_path: Path) 
     even = fleet(tmp_path / "a", 3).run(varied(the_plan, training={"step_cap": 9}))
     plain = fleet(tmp_path / "b", 3).run(the_plan)
     assert even.weights == pytest.approx(plain.weights, abs=1e-3)
+
+
+def test_the_ledger_is_charged_for_the_steps_that_ride() -> None:
+    the_plan = varied(plan_of(noise=1.0), training={"step_cap": 9})
+    spec = release.update_spec(the_plan, 1.0)
+    assert spec.riders == 1
+    assert spec.multiplier == pytest.approx((1 + 1 / 25) ** -0.5)
 
 
 @given(st.floats(-1e9, 1e9))
