@@ -75,8 +75,10 @@ class Riders:
         return tuple(values)
 
     def mean(self, sums: Sums, spec: UpdateSpec, devices: float) -> Floats:
-        """Return the mean update, float64 ``(n,)``: Σw·Δ/Σw, times Σw·s/Σw with steps s.
+        """Return the mean update, float64 ``(n,)``: Σw·Δ/Σw; of divided ones, times Σw·s/Σw.
 
+        The s are effective steps, and their mean FedNova's τ_eff for which equal devices come to
+        FedAvg.
         ``devices`` is how many there were, or are expected to be; with equal weights it is Σw.
         A noisy Σw may come out anywhere, zero and below included. It is taken as at least what
         it is when every device has one example, and as at least the standard deviation that

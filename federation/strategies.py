@@ -42,9 +42,9 @@ SecondMoment = Callable[[Floats, Floats], Floats]
 """From the last second moment and the squared mean, each ``(n,)``, to the next one."""
 
 SERVER_RATE: Final = 0.1
-"""η of the adaptive strategies. The paper tunes it per task, between 10**-2.5 and 1."""
+"""η of the adaptive strategies. The paper has no default: it tunes η for each task."""
 MOMENTUM: Final = 0.9
-"""β1 of FedAdam and FedYogi; FedAdagrad's is 0 (ibid., section 4)."""
+"""β1 of FedAdam and FedYogi; FedAdagrad's is 0 (ibid.)."""
 BETA2: Final = 0.99
 TAU: Final = 1e-3
 
@@ -52,8 +52,8 @@ TAU: Final = 1e-3
 class Strategy(NamedTuple):
     """``init`` takes the number of weights; ``step`` a state and the mean, float64 ``(n,)``.
 
-    ``step`` returns the next state and the update, float64 ``(n,)``, which is added to the weights
-    once the last step of a chain has made it.
+    ``step`` returns the next state and the update, float64 ``(n,)``: of a whole chain, what is
+    added to the weights.
     """
 
     init: Callable[[int], State]
@@ -152,7 +152,7 @@ def effective_steps(steps: int, training: Training) -> float:
     at every step but for how many come after it: at once by 1, and further by momentum,
     less by what the proximal term pulls back. So ‖a‖₁ is the sum of one impulse's reach
     after 1, 2, … ``steps`` steps. Without momentum and proximal term it is ``steps``; with either
-    one it is the closed form of the paper's section 4.
+    one it is the paper's closed form.
     """
     pull = training.learning_rate * training.proximal
     velocity = reach = 1.0
