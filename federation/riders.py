@@ -62,10 +62,11 @@ class Riders:
         """Return a device's weight, in [0, 1]."""
         return min(examples, self.weight_cap) / self.weight_cap if self.weight_cap else 1.0
 
-    def values(self, examples: int, *, within: bool, steps: float = 0.0) -> tuple[float, ...]:
+    def values(self, examples: int, *, within: bool, steps: float) -> tuple[float, ...]:
         """Return what a device says.
 
-        ``within``: its update's norm is within the clipping norm; ``steps``: its effective steps.
+        ``within``: its update's norm is within the clipping norm; ``steps``: the effective steps
+        by which it has divided its update, 0 if by none.
         """
         values = [self.weight(examples)] if self.weight_cap else []
         if self.most_steps:
