@@ -24,8 +24,9 @@ NAME: Final = "last.npz"
 class Checkpoint:
     """``weights`` float32 ``(n,)`` after the last completed round; ``begun`` ≥ ``completed``.
 
-    ``velocity`` float32 ``(n,)`` is the step that server momentum carries on; ``tail`` float32
-    ``(n,)`` the mean of the weights after the last ``tailed`` rounds, once they are averaged.
+    ``moments`` are what the strategy carries on, float32 ``(n,)`` each, none before it stepped;
+    ``tail`` float32 ``(n,)`` is the mean of the weights after the last ``tailed`` rounds, once
+    they are averaged.
     Rounds count from 1; 0 means none. ``trained`` is how many rounds changed the weights.
     ``session`` is what the hub's side of the sums keeps between rounds; nothing secret.
     ``clip_norm`` is the clipping norm to go on with; none before it was ever moved.
@@ -36,7 +37,7 @@ class Checkpoint:
     completed: int
     trained: int
     weights: Vector
-    velocity: Vector
+    moments: tuple[Vector, ...]
     tail: Vector
     tailed: int = 0
     session: bytes = b""
@@ -45,8 +46,7 @@ class Checkpoint:
     @classmethod
     def fresh(cls, run: str, initial: Vector) -> "Checkpoint":
         """Return the state before the first round."""
-        nothing = np.zeros_like(initial)
-        return cls(run, 0, 0, 0, initial, nothing, nothing)
+        return cls(run, 0, 0, 0, initial, (), np.zeros_like(initial))
 
     @property
     def result(self) -> Vector:
@@ -71,7 +71,10 @@ class Checkpoints:
                 dtype=np.int64,
             ),
             weights=checkpoint.weights,
-            velocity=checkpoint.velocity,
+            # One array, of no row where nothing is remembered.
+            moments=np.array(checkpoint.moments, np.float32).reshape(
+                len(checkpoint.moments), len(checkpoint.weights)
+            ),
             tail=checkpoint.tail,
             session=np.frombuffer(checkpoint.session, dtype=np.uint8),
             clip_norm=np.array(
@@ -106,13 +109,15 @@ class Checkpoints:
                 begun, completed, trained, tailed = (int(value) for value in file["rounds"])
                 # Files from before the norm could move hold none.
                 norms = file["clip_norm"].tolist() if "clip_norm" in file.files else []
+                # Those from before there were strategies hold FedAvg's one moment by its name.
+                moments = file["moments"] if "moments" in file.files else [file["velocity"]]
                 found = Checkpoint(
                     run=str(file["run"]),
                     begun=begun,
                     completed=completed,
                     trained=trained,
                     weights=file["weights"].astype(np.float32),
-                    velocity=file["velocity"].astype(np.float32),
+                    moments=tuple(moment.astype(np.float32) for moment in moments),
                     tail=file["tail"].astype(np.float32),
                     tailed=tailed,
                     session=file["session"].tobytes(),

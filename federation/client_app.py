@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 import msgspec
+import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
@@ -18,6 +19,7 @@ from atoll.federation import messages, parameters, training
 from atoll.federation.errors import BadMessage
 from atoll.federation.plan import ExamplePrivacy, Training
 from atoll.federation.riders import Riders
+from atoll.federation.strategies import effective_steps
 from atoll.federation.task import Task
 from atoll.privacy import update
 from atoll.privacy.errors import Refused
@@ -212,6 +214,7 @@ def _local_update(
         batch_size=work.batch_size,
         learning_rate=work.learning_rate,
         momentum=work.momentum,
+        proximal=work.proximal,
     )
     if work.example_steps:
         # Imported here: it loads Opacus, for which a device without this mode does not pay.
@@ -221,13 +224,19 @@ def _local_update(
         done = example_privacy.train(model, before, examples, how, protected, secret)
     else:
         done = training.train(model, before, examples, how, seed)
-    riders = Riders(work.weight_cap, work.clip_quantile)
+    riders = Riders(work.weight_cap, work.clip_quantile, work.most_steps)
     spec = _update_spec(work, ask)
     # Without noise there is nothing to keep secret in the rounding, and a seed makes the run
     # repeatable. With noise, rounding draws from the system's entropy like the noise itself.
     rng = Keystream.fresh() if work.noise_multiplier else Keystream.replayable(seed)
     change, rows = done.weights - before, len(examples.y)
-    behind = riders.values(rows, within=update.norm(change) <= spec.clip_norm)
+    steps = 0.0
+    if riders.most_steps:
+        taken = work.example_steps or training.local_steps(rows, how)
+        steps = effective_steps(taken, how)
+    if steps:
+        change = change / np.float32(steps)
+    behind = riders.values(rows, within=update.norm(change) <= spec.clip_norm, steps=steps)
     return update.encode(change, spec, rng, riders.weight(rows), behind), done.loss
 
 
@@ -241,7 +250,7 @@ def _update_spec(work: messages.TrainAsk, ask: messages.SumAsk) -> update.Update
         survivors=ask.min_survivors,
         colluders=work.colluders,
         placement=work.noise,
-        riders=Riders(work.weight_cap, work.clip_quantile).count,
+        riders=Riders(work.weight_cap, work.clip_quantile, work.most_steps).count,
         rider_noise_multiplier=work.rider_noise_multiplier,
     )
 

@@ -221,4 +221,6 @@ class Conversation:
             example_noise_multiplier=examples.noise_multiplier if examples else 0.0,
             example_clip_norm=examples.clip_norm if examples else 0.0,
             example_sampling_rate=examples.sampling_rate if examples else 0.0,
+            proximal=plan.training.proximal,
+            most_steps=riders.most_steps,
         )

@@ -56,6 +56,8 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
 
     How the update becomes a term is :class:`atoll.privacy.update.UpdateSpec`, whose fewest
     survivors the :class:`SumAsk` says; what rides is :class:`atoll.federation.riders.Riders`.
+    ``proximal`` is μ of FedProx; with ``most_steps`` above 0 the update is divided by its effective
+    steps (:func:`atoll.federation.strategies.effective_steps`).
     With ``example_steps`` above 0 it is DP-SGD (:class:`atoll.federation.plan.ExamplePrivacy`).
     """
 
@@ -78,6 +80,8 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     example_noise_multiplier: float = 0.0
     example_clip_norm: float = 0.0
     example_sampling_rate: float = 0.0
+    proximal: float = 0.0
+    most_steps: float = 0.0
 
 
 class EvaluateAsk(msgspec.Struct, frozen=True, kw_only=True, tag="evaluate"):

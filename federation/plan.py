@@ -23,18 +23,38 @@ RIDER_NOISE: Final = 5.0
 
 
 class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one device does in one round."""
+    """What one device does in one round, and what the hub makes of the mean."""
 
     local_epochs: Positive = 1
     batch_size: Positive = 32
     learning_rate: PositiveFloat = 0.05
     momentum: NonNegativeFloat = 0.9
-    server_learning_rate: PositiveFloat = 1.0
-    server_momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    """How much of the last step the next one keeps (FedAvgM, Hsu et al., arXiv 1909.06335).
+    proximal: NonNegativeFloat = 0.0
+    """μ of FedProx (Li et al., MLSys 2020): μ/2·‖w - w₀‖² is added to the local loss."""
+    step_cap: Annotated[int, Meta(ge=1, le=100_000)] | None = None
+    """FedNova (Wang et al., NeurIPS 2020): an update is divided by its effective local steps.
+
+    Devices with more data take more steps and would pull the mean their way. The mean of what
+    is divided is multiplied by the mean number of effective steps, which rides in the same sum
+    (:mod:`atoll.federation.riders`); a device of more steps than ``step_cap`` counts there as one
+    of so many. ``privacy.clip_norm`` is then that of one effective step. None: nothing is divided.
+    """
+    strategy: Literal["fedavg", "fedadam", "fedyogi", "fedadagrad"] = "fedavg"
+    """What the hub makes of the mean update (:mod:`atoll.federation.strategies`).
 
     It works on sums that are decoded already, so it costs no privacy.
     """
+    server_learning_rate: PositiveFloat | None = None
+    """η of the strategy; none: 1 for ``fedavg``, 0.1 for the others."""
+    server_momentum: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    """β1: how much of the last step the next one keeps; with ``fedavg`` it makes FedAvgM.
+
+    None: 0.9 for ``fedadam`` and ``fedyogi``, 0 for the others.
+    """
+    server_beta2: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    """How much of the last second moment the next one keeps; none: 0.99."""
+    server_tau: PositiveFloat | None = None
+    """τ: root second moments well below it hardly count. None: 1e-3."""
     averaged_rounds: Positive = 1
     """The result is the mean of the weights after each of the last so many rounds.
 
@@ -54,10 +74,30 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Examples from which on a device's weight is one."""
 
     def __post_init__(self) -> None:
-        """Refuse a weighting without its cap, and a cap that would be ignored."""
+        """Refuse what would be ignored, and a proximal term that diverges by itself."""
         if (self.weighting == "capped") != (self.weight_cap is not None):
             raise ValueError(
                 'weight_cap belongs to weighting = "capped": give both or neither of them'
+            )
+        if self.server_beta2 is not None and self.strategy not in ("fedadam", "fedyogi"):
+            raise ValueError(
+                f"server_beta2 belongs to fedadam and fedyogi; {self.strategy} keeps no moving "
+                "second moment: leave it out, or change strategy"
+            )
+        if self.server_tau is not None and self.strategy == "fedavg":
+            raise ValueError(
+                "server_tau belongs to fedadam, fedyogi and fedadagrad; fedavg adapts nothing: "
+                "leave it out, or change strategy"
+            )
+        if self.step_cap is not None and self.momentum >= 1:
+            raise ValueError(
+                f"momentum = {self.momentum:g} never lets a gradient go, so steps have no weights "
+                "to divide an update by: lower momentum, or leave step_cap out"
+            )
+        if self.learning_rate * self.proximal >= 2 * (1 + self.momentum):
+            raise ValueError(
+                f"proximal = {self.proximal:g} at learning_rate = {self.learning_rate:g} pulls "
+                "past where it pulls to, farther with each step: lower either of them"
             )
 
 
@@ -182,12 +222,17 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     privacy: Privacy = Privacy()
 
     def __post_init__(self) -> None:
-        """Refuse a round that could consist of colluders."""
+        """Refuse a round that could consist of colluders, and a step cap without a meaning."""
         if self.privacy.colluders >= self.cohort.min_devices:
             raise ValueError(
                 f"privacy.colluders = {self.privacy.colluders} must be below "
                 f"cohort.min_devices = {self.cohort.min_devices}: nobody would be left to add "
                 "noise; raise min_devices"
+            )
+        if self.training.step_cap is not None and self.privacy.examples is not None:
+            raise ValueError(
+                "training.step_cap evens out devices of unequal steps, and under "
+                "[privacy.examples] all take privacy.examples.steps: leave training.step_cap out"
             )
 
 

@@ -29,7 +29,7 @@ from typing import Final, Literal
 import numpy as np
 from flwr.serverapp import Grid
 
-from atoll.federation import release
+from atoll.federation import release, strategies
 from atoll.federation.checkpoints import Checkpoint, Checkpoints
 from atoll.federation.cohort import Cohort, Member, await_trainers, draw
 from atoll.federation.conversation import Conversation, Learned, RoundReport, Setting
@@ -42,7 +42,7 @@ from atoll.privacy.errors import BudgetExceeded, Refused
 from atoll.privacy.keystream import Keystream
 from atoll.privacy.modes import HubSession
 
-__all__ = ["PATIENCE", "Cohort", "Member", "Outcome", "RoundReport", "run_rounds"]
+__all__ = ["PATIENCE", "Cohort", "Member", "Outcome", "RoundReport", "run_rounds", "stepped"]
 
 PATIENCE: Final = 3
 """Rounds in a row that may be thrown away before the run is given up."""
@@ -115,7 +115,7 @@ def run_rounds(
         learned = talk.learn(session)
         if learned is not None:
             failures = 0
-            state = replace(_stepped(state, learned, plan), session=session.dump())
+            state = replace(stepped(state, learned, plan), session=session.dump())
             _save(state, checkpoints)
         elif len(drawn) >= least:
             failures += 1
@@ -128,10 +128,12 @@ def run_rounds(
     return Outcome(state.result, state.trained, "complete")
 
 
-def _stepped(state: Checkpoint, learned: Learned, plan: Plan) -> Checkpoint:
+def stepped(state: Checkpoint, learned: Learned, plan: Plan) -> Checkpoint:
     """Return the state after the round that has begun, of which ``learned`` came."""
-    velocity = plan.training.server_momentum * state.velocity + learned.mean
-    weights = state.weights + plan.training.server_learning_rate * velocity
+    strategy = strategies.of(plan.training)
+    before = state.moments or strategy.init(len(state.weights))
+    moments, update = strategy.step(before, learned.mean)
+    weights = state.weights + update
     tail, tailed = state.tail, state.tailed
     if state.begun > plan.rounds - plan.training.averaged_rounds:
         tailed += 1
@@ -141,7 +143,7 @@ def _stepped(state: Checkpoint, learned: Learned, plan: Plan) -> Checkpoint:
         completed=state.begun,
         trained=state.trained + 1,
         weights=weights.astype(np.float32),
-        velocity=velocity.astype(np.float32),
+        moments=moments,
         tail=tail,
         tailed=tailed,
         clip_norm=learned.clip_norm,

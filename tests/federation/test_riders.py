@@ -24,7 +24,11 @@ def adaptive(quantile: float, noise: float = 0.0, **privacy: object):
 
 def test_no_riders_ride_unless_the_plan_asks() -> None:
     riders = Riders.of(plan_of())
-    assert (riders.count, riders.weight(1000), riders.values(3, within=True)) == (0, 1.0, ())
+    assert (riders.count, riders.weight(1000), riders.values(3, within=True, steps=0)) == (
+        0,
+        1.0,
+        (),
+    )
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**6))
@@ -37,7 +41,7 @@ def test_weights_are_capped_and_never_nothing(examples: int, cap: int) -> None:
 @given(st.integers(0, 500), st.floats(0.01, 0.99), st.booleans())
 def test_riders_are_within_one(cap: int, quantile: float, within: bool) -> None:  # noqa: FBT001
     riders = Riders(cap, quantile)
-    values = riders.values(9, within=within)
+    values = riders.values(9, within=within, steps=0)
     assert len(values) == riders.count
     assert all(-1 <= value <= 1 for value in values)
 
@@ -45,15 +49,15 @@ def test_riders_are_within_one(cap: int, quantile: float, within: bool) -> None:
 def test_at_the_median_the_bit_rides_as_in_the_paper() -> None:
     # b - 1/2 over its sensitivity of 1/2.
     riders = Riders(clip_quantile=0.5)
-    assert riders.values(1, within=True) == (1.0,)
-    assert riders.values(1, within=False) == (-1.0,)
+    assert riders.values(1, within=True, steps=0) == (1.0,)
+    assert riders.values(1, within=False, steps=0) == (-1.0,)
 
 
 @pytest.mark.parametrize("quantile", [0.2, 0.5, 0.9])
 @pytest.mark.parametrize("within", [0, 3, 10])
 def test_the_clipping_norm_moves_by_the_papers_rule(quantile: float, within: int) -> None:
     plan, riders = adaptive(quantile, clip_rate=0.3), Riders(clip_quantile=quantile)
-    said = sum(riders.values(1, within=i < within)[0] for i in range(10))
+    said = sum(riders.values(1, within=i < within, steps=0)[0] for i in range(10))
     sums = Sums(np.zeros(1), np.array([said]))
     got = riders.next_clip_norm(plan, 2.0, sums, 10)
     assert got == pytest.approx(2.0 * math.exp(-0.3 * (within / 10 - quantile)))
@@ -84,7 +88,7 @@ def test_the_clipping_norm_finds_the_quantile(quantile: float, noise: float) -> 
         spec = release.update_spec(plan, norm)
         within = norms <= norm
         total = sum(
-            update.encode([0.0], spec, draws, 1.0, riders.values(1, within=one))
+            update.encode([0.0], spec, draws, 1.0, riders.values(1, within=one, steps=0))
             for one in within.tolist()
         )
         sums = update.decode(update.release(total, spec, draws), spec)
@@ -106,7 +110,7 @@ def test_the_weighed_mean_is_exact_without_noise(rows: list[int], cap: int) -> N
     updates = np.random.default_rng(len(rows)).normal(size=(len(rows), 5)) / 10
     draws = Keystream.replayable(0)
     total = sum(
-        update.encode(one, spec, draws, riders.weight(n), riders.values(n, within=True))
+        update.encode(one, spec, draws, riders.weight(n), riders.values(n, within=True, steps=0))
         for one, n in zip(updates, rows, strict=True)
     )
     got = riders.mean(update.decode(Noised(total), spec), spec, len(rows))
