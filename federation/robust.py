@@ -216,7 +216,8 @@ def _blocks(updates: Updates) -> Iterator[slice]:
 
 
 def _floats(block: Updates) -> Floats:
-    return np.asarray(block, dtype=np.float64)
+    floats: Floats = block.astype(np.float64, copy=False)
+    return floats
 
 
 def _ordered(block: Updates) -> Floats:
@@ -230,7 +231,8 @@ def _middle(ordered: Floats, cut: int) -> Floats:
     """Return the means without ``cut`` values at either end."""
     middle = ordered[:, cut : ordered.shape[1] - cut]
     # Divided first: two halves of huge values do not leave a float's range.
-    return (middle / middle.shape[1]).sum(axis=1)
+    means: Floats = (middle / middle.shape[1]).sum(axis=1)
+    return means
 
 
 def _cut_mean(updates: Updates, cut: int) -> Floats:
