@@ -127,7 +127,8 @@ def card(
     gates = [f"- {verdict.name}: passed, by `{verdict.rule}`" for verdict in verdicts]
     rule = plan.aggregation
     against = (
-        f"; combined by `{rule.rule}` against {rule.byzantine} lying devices a round"
+        f"; combined by `{rule.rule}` against {rule.byzantine} lying "
+        f"{'device' if rule.byzantine == 1 else 'devices'} a round"
         if rule.rule != "mean"
         else ""
     )
