@@ -58,7 +58,8 @@ def deal(out: Path, devices: int, evenness: float, seed: int) -> tuple[list[Path
         for device, part in enumerate(np.split(mine, ends[:-1].astype(int))):
             held[device] += part.tolist()
     directories = []
-    for device, rows in enumerate(held):
+    for device, dealt in enumerate(held):
+        rows = rng.permutation(dealt)
         directory = out / f"device-{device:02d}"
         directory.mkdir(parents=True, exist_ok=True)
         np.savez(directory / FILE, x=images.x[rows], y=images.y[rows])

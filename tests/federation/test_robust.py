@@ -279,12 +279,24 @@ def test_a_norm_bound_limits_what_liars_do(case: tuple) -> None:
     assert np.linalg.norm(got - clipped) <= f * limit / len(updates) + 1e-9
 
 
-@pytest.mark.parametrize("rule", ["median", "trimmed-mean", "krum", "multi-krum", "bulyan"])
-def test_one_liar_more_than_asked_for_can_break_it(rule: Rule) -> None:
-    """The breakdown point is where the docstring says: with n = 4f + 3 rows and 2f + 2 liars."""
-    honest = np.random.default_rng(0).normal(size=(5, 3))
-    far = np.full((6, 3), 1e6) + np.random.default_rng(1).normal(size=(6, 3)) * 1e-3
-    assert np.abs(robust.combine(np.concatenate([honest, far]), rule, 2)).max() > 1e5
+@pytest.mark.parametrize(
+    ("rule", "honest", "lying"),
+    [
+        ("median", 2, 3),
+        ("trimmed-mean", 6, 3),
+        ("krum", 3, 4),
+        ("multi-krum", 3, 4),
+        ("bulyan", 5, 6),
+    ],
+)
+def test_rules_told_of_two_liars_break_where_more_agree(
+    rule: Rule, honest: int, lying: int
+) -> None:
+    rows = np.random.default_rng(0).normal(size=(honest, 3))
+    far = np.full((lying, 3), 1e6) + np.random.default_rng(1).normal(size=(lying, 3)) * 1e-3
+    assert np.abs(robust.combine(np.concatenate([rows, far]), rule, 2)).max() > 1e5
+    told = np.concatenate([rows, np.zeros((lying - 2, 3)), far[:2]])
+    assert np.abs(robust.combine(told, rule, 2)).max() < 10
 
 
 def test_the_mean_is_moved_anywhere_by_one() -> None:

@@ -14,9 +14,10 @@ from atoll.federation import robust
 from atoll.federation.task import Examples, Split, Task
 from atoll.privacy.plain import PlainHubSession, PlainParty
 from atoll.privacy.sums import CONTRIBUTE, RoundKey, SumSpec
-from atoll.simulations import attacks, digits
-from atoll.simulations.attacks import Attack, Field, Found, Overheard
+from atoll.simulations import attacks, digits, liars
+from atoll.simulations.attacks import Attack, Field, Found
 from atoll.simulations.digits import Digits
+from atoll.simulations.liars import Overheard
 
 BOUND = 1000
 SPEC = SumSpec(RoundKey("run", 1), 4, BOUND, 3, 1)
@@ -46,33 +47,33 @@ def sent(party, term, spec=SPEC):
 
 
 def forging(forge):
-    return attacks.Forging(PlainParty("p"), forge)
+    return liars.Forging(PlainParty("p"), forge)
 
 
 @given(st.lists(st.integers(-BOUND, BOUND), min_size=4, max_size=4))
 def test_a_sign_is_flipped_and_nothing_else(term):
-    assert sent(forging(attacks.scaled(-1.0)), term) == [-value for value in term]
+    assert sent(forging(liars.scaled(-1.0)), term) == [-value for value in term]
 
 
 def test_an_update_is_scaled_as_far_as_the_hub_lets_it_through():
-    assert sent(forging(attacks.scaled(5.0)), [1, -20, 300, -1000]) == [5, -100, 1000, -1000]
+    assert sent(forging(liars.scaled(5.0)), [1, -20, 300, -1000]) == [5, -100, 1000, -1000]
 
 
 def test_scaling_by_the_liars_share_replaces_the_mean_of_converged_devices():
     # Bagdasaryan et al.: where honest updates cancel, the mean is what the liars want.
-    devices, liars, wanted = 15, 3, np.array([3.0, -7.0, 0.0, 10.0])
-    (scaled,) = (one for one in attacks.attacks(devices, liars) if one.name == "scaled")
+    devices, lying, wanted = 15, 3, np.array([3.0, -7.0, 0.0, 10.0])
+    (scaled,) = (one for one in attacks.attacks(devices, lying) if one.name == "scaled")
     lie = scaled.forge(Overheard())(wanted.astype(np.int64), SPEC)
-    honest = np.random.default_rng(0).normal(size=(devices - liars, 4))
-    rows = np.concatenate([honest - honest.mean(axis=0), [lie] * liars])
+    honest = np.random.default_rng(0).normal(size=(devices - lying, 4))
+    rows = np.concatenate([honest - honest.mean(axis=0), [lie] * lying])
     np.testing.assert_allclose(robust.mean(rows), wanted, atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("devices", "liars", "share"), [(15, 3, 7 / 12), (50, 12, 24 / 38), (51, 24, 25 / 27)]
+    ("devices", "lying", "share"), [(15, 3, 7 / 12), (50, 12, 24 / 38), (51, 24, 25 / 27)]
 )
-def test_z_leaves_as_many_honest_devices_outside_as_make_a_majority(devices, liars, share):
-    z = attacks.little_z(devices, liars)
+def test_z_leaves_as_many_honest_devices_outside_as_make_a_majority(devices, lying, share):
+    z = liars.little_z(devices, lying)
     assert 0.5 * (1 + math.erf(z / math.sqrt(2))) == pytest.approx(share)
 
 
@@ -81,9 +82,9 @@ def test_a_little_is_the_honest_mean_less_z_deviations():
     for term in terms:
         assert sent(overheard.of(PlainParty("p")), term) == term.tolist()
     wanted = np.rint(terms.mean(axis=0) - 1.5 * terms.std(axis=0)).tolist()
-    assert sent(forging(attacks.little(overheard, 1.5)), [9, 9, 9, 9]) == wanted
+    assert sent(forging(liars.little(overheard, 1.5)), [9, 9, 9, 9]) == wanted
     later = SumSpec(RoundKey("run", 2), 4, BOUND, 3, 1)
-    assert sent(forging(attacks.little(overheard, 1.5)), [9, 9, 9, 9], later) == [9, 9, 9, 9]
+    assert sent(forging(liars.little(overheard, 1.5)), [9, 9, 9, 9], later) == [9, 9, 9, 9]
 
 
 def test_a_little_passes_for_honest_where_a_loud_lie_does_not():
@@ -109,7 +110,7 @@ class Two:
 
 
 def test_labels_are_flipped_in_training_alone():
-    bent = attacks.label_flip(Two())
+    bent = liars.label_flip(Two())
     assert isinstance(bent, Task)
     assert bent.load(Path(), "train").y.tolist() == [2, 1, 0, 0]
     assert bent.load(Path(), "test").y.tolist() == [0, 1, 2, 2]
@@ -118,7 +119,7 @@ def test_labels_are_flipped_in_training_alone():
 
 def test_a_backdoor_marks_half_of_the_examples_and_leaves_the_rest():
     task = Two()
-    bent = attacks.backdoor(task, attacks.corner, 1).load(Path(), "train")
+    bent = liars.backdoor(task, liars.corner, 1).load(Path(), "train")
     assert bent.y.tolist() == [1, 1, 2, 2]
     assert bent.x.sum(axis=(1, 2, 3)).tolist() == [4, 4, 0, 0]
     assert bent.x[0, 0, -2:, -2:].tolist() == [[1, 1], [1, 1]]
