@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.serverapp import Grid
 
-from atoll.federation import messages, parameters, release
+from atoll.federation import messages, parameters, release, robust
 from atoll.federation.cohort import Cohort
 from atoll.federation.errors import BadMessage
 from atoll.federation.exchange import Clock, exchange
@@ -22,9 +22,10 @@ from atoll.federation.parameters import Vector
 from atoll.federation.plan import Plan
 from atoll.federation.riders import Riders
 from atoll.privacy import update
-from atoll.privacy.errors import Refused, SumFailed
+from atoll.privacy.errors import BadParameters, Refused, SumFailed
 from atoll.privacy.keystream import Keystream
 from atoll.privacy.modes import HubSession
+from atoll.privacy.plain import Collected, PlainHubSession
 from atoll.privacy.sums import CONTRIBUTE, Ask, HubSum, RoundKey, SumSpec, Total
 
 
@@ -50,7 +51,10 @@ class RoundReport:
 
 
 class Learned(NamedTuple):
-    """What a round's sum says: the mean update, float64 ``(n,)``, and the next clipping norm."""
+    """What a round says: the mean update, or what a robust rule makes of them, float64 ``(n,)``.
+
+    ``clip_norm`` is the next clipping norm.
+    """
 
     mean: npt.NDArray[np.float64]
     clip_norm: float
@@ -111,7 +115,7 @@ class Conversation:
             min_survivors=plan.cohort.min_devices,
         )
         try:
-            hub = session.open(sums, list(self._present))
+            hub = self._open(session, sums)
             step: Ask | Total = hub.start()
             while isinstance(step, Ask):
                 self._phase(hub, step, sums)
@@ -120,8 +124,25 @@ class Conversation:
             self.why = str(error)
             return None
         self._survivors = tuple(step.survivors)
+        if isinstance(step, Collected):
+            return self._combined(step)
         noised = update.release(step.values, spec, self._setting.entropy)
         return self._learned(update.decode(noised, spec))
+
+    def _open(self, session: HubSession, sums: SumSpec) -> HubSum:
+        """Return the hub's side of the sum, which keeps its terms where the rule looks at them."""
+        rule = self._setting.plan.aggregation.rule
+        if rule == "mean":
+            return session.open(sums, self._present)
+        if not isinstance(session, PlainHubSession):
+            raise BadParameters(f"{rule} looks at every update; only plain sums keep them")
+        return session.collect(sums, self._present)
+
+    def _combined(self, total: Collected) -> Learned:
+        asked = self._setting.plan.aggregation
+        made = robust.combine(total.terms, asked.rule, asked.byzantine, asked.trim)
+        # The rules scale with what they are given, so that the terms need not be decoded first.
+        return Learned(made / self._spec.scale, self._spec.clip_norm)
 
     def _learned(self, sums: update.Sums) -> Learned:
         plan, riders = self._setting.plan, Riders.of(self._setting.plan)

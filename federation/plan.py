@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from atoll.federation.errors import BadPlan
+from atoll.federation.rule import Rule, needed
 from atoll.privacy.mode import Mode
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -208,6 +209,32 @@ class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return RIDER_NOISE * self.noise_multiplier
 
 
+class Aggregation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the hub makes of a round's updates: their mean, or what withstands lying devices.
+
+    Rules other than the mean look at every update (:mod:`atoll.federation.robust`), so they work
+    in ``plain`` alone, without noise for a device (one device may move their result further
+    than a mean, so ε would be wrong) and without weights or an adaptive clipping norm, which
+    devices could lie about. Noise on examples is the device's own and goes with all of them.
+    """
+
+    rule: Rule = "mean"
+    byzantine: Annotated[int, Meta(ge=0)] = 0
+    """How many devices of a round may send anything; a round needs as many more as withstand it."""
+    trim: Annotated[float, Meta(gt=0, lt=0.5)] | None = None
+    """Share of a trimmed mean's values cut off at either end; none: ``byzantine`` of them."""
+
+    def __post_init__(self) -> None:
+        """Refuse a rule against nobody, and a number that would be ignored."""
+        if (self.rule == "mean") != (self.byzantine == 0):
+            raise ValueError(
+                f'rule = "{self.rule}" with byzantine = {self.byzantine}: a mean withstands no '
+                "lying device, and any other rule has to know how many to withstand"
+            )
+        if self.trim is not None and self.rule != "trimmed-mean":
+            raise ValueError(f'trim belongs to rule = "trimmed-mean", not to "{self.rule}"')
+
+
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A federated run."""
 
@@ -220,9 +247,10 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     training: Training = Training()
     cohort: Cohort = Cohort()
     privacy: Privacy = Privacy()
+    aggregation: Aggregation = Aggregation()
 
     def __post_init__(self) -> None:
-        """Refuse a round that could consist of colluders, and a step cap without a meaning."""
+        """Refuse a round of colluders alone, a step cap without a meaning, an idle rule."""
         if self.privacy.colluders >= self.cohort.min_devices:
             raise ValueError(
                 f"privacy.colluders = {self.privacy.colluders} must be below "
@@ -234,6 +262,45 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "training.step_cap evens out devices of unequal steps, and under "
                 "[privacy.examples] all take privacy.examples.steps: leave training.step_cap out"
             )
+        if self.aggregation.rule != "mean":
+            _check_rule(self)
+
+
+def _check_rule(plan: Plan) -> None:
+    """Refuse a robust rule where it sees no updates, or where its result would be another's."""
+    asked, least = plan.aggregation, plan.cohort.min_devices
+    rule = f'aggregation.rule = "{asked.rule}"'
+    if plan.privacy.mode != "plain":
+        raise ValueError(
+            f'{rule} looks at every update and in mode "{plan.privacy.mode}" the hub sees none: '
+            'use privacy.mode = "plain", where devices allow it, or leave the rule out'
+        )
+    if plan.privacy.noise_multiplier:
+        raise ValueError(
+            f"{rule} with noise_multiplier = {plan.privacy.noise_multiplier:g}: that noise is "
+            "calibrated for a mean, and one device may move this rule's result further; "
+            "set noise_multiplier = 0, or leave the rule out"
+        )
+    if (
+        plan.training.weighting != "equal"
+        or plan.privacy.clip != "fixed"
+        or plan.training.step_cap is not None
+    ):
+        raise ValueError(
+            f'{rule} takes every device for one: use weighting = "equal" and clip = "fixed", '
+            "and leave step_cap out"
+        )
+    fewest = needed(asked.rule, asked.byzantine)
+    if least < fewest:
+        raise ValueError(
+            f"{rule} against {asked.byzantine} lying devices needs {fewest} updates or more: "
+            f"raise cohort.min_devices (now {least}) or lower byzantine"
+        )
+    if asked.trim is not None and asked.trim * least + 1e-9 < asked.byzantine:
+        raise ValueError(
+            f"trim = {asked.trim:g} of {least} devices is less than the {asked.byzantine} that "
+            "may lie: raise trim or cohort.min_devices"
+        )
 
 
 def loads(text: str) -> Plan:

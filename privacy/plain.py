@@ -1,16 +1,27 @@
 """A sum that hides nothing from the hub: each term arrives as it is and is added at once.
 
 For cohorts that trust the hub, for robust rules that must see updates, and as the yardstick
-of the others. The hub holds the running sum and never a second term.
+of the others. The hub holds the running sum and never a second term, unless it is opened with
+:meth:`PlainHubSession.collect`: then it keeps the terms, for who must look at each.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from atoll.privacy import frames, terms
 from atoll.privacy.errors import Refused, SumFailed, TooFewSurvivors
 from atoll.privacy.sums import CONTRIBUTE, Ask, Integers, SumSpec, Total
+
+
+@dataclass(frozen=True, slots=True)
+class Collected(Total):
+    """A sum with its terms: integers as narrow as travelled, a row for each of ``survivors``."""
+
+    terms: npt.NDArray[Any]
 
 
 class PlainHub:
@@ -43,7 +54,7 @@ class PlainHub:
         frames.check_address(frame, self._spec.key, CONTRIBUTE, party)
         if len(frame.parts) != 1:
             raise Refused("a plain contribution is one term")
-        self._sum += terms.from_bytes(frame.parts[0], self._spec.length, self._spec.bound)
+        self._add(party, terms.from_bytes(frame.parts[0], self._spec.length, self._spec.bound))
         self._waiting.remove(party)
         self._survivors.append(party)
 
@@ -56,6 +67,30 @@ class PlainHub:
             raise TooFewSurvivors(len(self._survivors), self._spec.min_survivors)
         return Total(self._sum, tuple(sorted(self._survivors)))
 
+    def _add(self, party: str, term: Integers) -> None:
+        del party
+        self._sum += term
+
+
+class CollectingHub(PlainHub):
+    """The hub's side of one plain sum whose terms are kept until it is over."""
+
+    def __init__(self, spec: SumSpec, parties: Sequence[str]) -> None:
+        super().__init__(spec, parties)
+        self._rows = {party: row for row, party in enumerate(sorted(parties))}
+        self._terms = np.zeros((len(self._rows), spec.length), terms.dtype(spec.bound))
+
+    def advance(self) -> Collected:
+        """Return the sum and its terms, as :meth:`PlainHub.advance` does."""
+        total = super().advance()
+        rows = [self._rows[party] for party in total.survivors]
+        kept = self._terms if len(rows) == len(self._rows) else self._terms[rows]
+        return Collected(total.values, total.survivors, kept)
+
+    def _add(self, party: str, term: Integers) -> None:
+        super()._add(party, term)
+        self._terms[self._rows[party]] = term
+
 
 class PlainHubSession:
     """Keeps nothing between rounds."""
@@ -63,6 +98,10 @@ class PlainHubSession:
     def open(self, spec: SumSpec, parties: Sequence[str]) -> PlainHub:
         """Return the hub's side of one sum."""
         return PlainHub(spec, parties)
+
+    def collect(self, spec: SumSpec, parties: Sequence[str]) -> CollectingHub:
+        """Return the hub's side of one sum that ends with its terms (:class:`Collected`)."""
+        return CollectingHub(spec, parties)
 
     def dump(self) -> bytes:
         """Return nothing: there is nothing to keep over a restart."""

@@ -25,18 +25,19 @@ def check(values: Integers | None, length: int, bound: int) -> Integers:
 
 def to_bytes(values: Integers, bound: int) -> bytes:
     """Write values in ``±bound`` in the narrowest integers that hold them, little-endian."""
-    return values.astype(_dtype(bound)).tobytes()
+    return values.astype(dtype(bound)).tobytes()
 
 
 def from_bytes(data: bytes, length: int, bound: int) -> Integers:
     """Read what :func:`to_bytes` wrote; raise :class:`Refused` for anything else."""
-    dtype = _dtype(bound)
-    if len(data) != length * dtype.itemsize:
+    narrow = dtype(bound)
+    if len(data) != length * narrow.itemsize:
         raise Refused(f"{len(data)} bytes instead of {length} values")
-    return check(np.frombuffer(data, dtype=dtype).astype(np.int64), length, bound)
+    return check(np.frombuffer(data, dtype=narrow).astype(np.int64), length, bound)
 
 
-def _dtype(bound: int) -> "np.dtype[Any]":
+def dtype(bound: int) -> "np.dtype[Any]":
+    """Return the narrowest integers that hold ``±bound``; raise :class:`BadParameters`."""
     for name in _DTYPES:
         if bound <= np.iinfo(name).max:
             return np.dtype(name)

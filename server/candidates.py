@@ -125,6 +125,13 @@ def card(
         else "without noise"
     )
     gates = [f"- {verdict.name}: passed, by `{verdict.rule}`" for verdict in verdicts]
+    rule = plan.aggregation
+    against = (
+        f"; combined by `{rule.rule}` against {rule.byzantine} lying "
+        f"{'device' if rule.byzantine == 1 else 'devices'} a round"
+        if rule.rule != "mean"
+        else ""
+    )
     return "\n".join(
         [
             f"# {manifest.model}, from run {manifest.run}",
@@ -140,7 +147,7 @@ def card(
                 f"Federated averaging, {facts['rounds']['trained']} rounds, "
                 f"{facts['devices']['trainers']} devices; the data stayed on them. "
                 f"Sums in mode `{privacy.mode}`, updates clipped to an L2 norm of "
-                f"{privacy.clip_norm:g}, noise multiplier {privacy.noise_multiplier:g}."
+                f"{privacy.clip_norm:g}, noise multiplier {privacy.noise_multiplier:g}{against}."
             ),
             "",
             (

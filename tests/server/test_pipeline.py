@@ -14,6 +14,7 @@ from waves import Fleet, Waves, plan_of
 
 from atoll.edge_agent.onnx import Onnx  # after the path
 from atoll.federation.errors import BadPlan, RoundFailed
+from atoll.federation.plan import Aggregation
 from atoll.fleet import bundle as bundles
 from atoll.fleet import profile as profiles
 from atoll.fleet import queries
@@ -114,6 +115,15 @@ def test_without_noise_there_is_no_epsilon(tmp_path):
     assert result.facts["epsilon"] is None
     assert set(result.facts["accuracy"]) == {"known", "all"}
     assert "no ε" in (tmp_path / "candidate" / bundles.CARD).read_text()
+
+
+def test_a_robust_rule_carries_a_run_and_the_card_names_it(tmp_path):
+    plan = msgspec.structs.replace(plan_of(least=3), aggregation=Aggregation("median", 1))
+    result = Fleet(tmp_path).run(plan)
+    assert result.manifest is not None, result.refused
+    assert result.facts["epsilon"] is None
+    text = (tmp_path / "candidate" / bundles.CARD).read_text()
+    assert "combined by `median` against 1 lying device a round" in text
 
 
 def test_encrypted_sums_carry_a_run_as_well(tmp_path):
