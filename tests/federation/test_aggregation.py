@@ -68,6 +68,7 @@ def test_a_plan_that_names_no_rule_takes_the_mean() -> None:
             ),
             'weighting = "equal"',
         ),
+        (text_of('rule = "krum", byzantine = 2', training="step_cap = 9"), "step_cap out"),
         (text_of('rule = "krum"'), "has to know how many"),
         (text_of('rule = "mean", byzantine = 1'), "withstands no lying device"),
         (text_of('rule = "geometric"'), "geometric"),
