@@ -42,7 +42,7 @@ from atoll.privacy.errors import BudgetExceeded, Refused
 from atoll.privacy.keystream import Keystream
 from atoll.privacy.modes import HubSession
 
-__all__ = ["PATIENCE", "Cohort", "Member", "Outcome", "RoundReport", "run_rounds"]
+__all__ = ["PATIENCE", "Cohort", "Member", "Outcome", "RoundReport", "run_rounds", "stepped"]
 
 PATIENCE: Final = 3
 """Rounds in a row that may be thrown away before the run is given up."""
@@ -115,7 +115,7 @@ def run_rounds(
         learned = talk.learn(session)
         if learned is not None:
             failures = 0
-            state = replace(_stepped(state, learned, plan), session=session.dump())
+            state = replace(stepped(state, learned, plan), session=session.dump())
             _save(state, checkpoints)
         elif len(drawn) >= least:
             failures += 1
@@ -128,7 +128,7 @@ def run_rounds(
     return Outcome(state.result, state.trained, "complete")
 
 
-def _stepped(state: Checkpoint, learned: Learned, plan: Plan) -> Checkpoint:
+def stepped(state: Checkpoint, learned: Learned, plan: Plan) -> Checkpoint:
     """Return the state after the round that has begun, of which ``learned`` came."""
     velocity = plan.training.server_momentum * state.velocity + learned.mean
     weights = state.weights + plan.training.server_learning_rate * velocity
