@@ -313,9 +313,7 @@ def _layout(model: nn.Module, weights: Vector) -> dict[str, tuple[slice, torch.S
     return layout
 
 
-_Gradients = Callable[
-    [dict[str, Tensor], Tensor, Tensor, Tensor], tuple[dict[str, Tensor], Tensor]
-]
+_Gradients = Callable[[dict[str, Tensor], Tensor, Tensor, Tensor], tuple[dict[str, Tensor], Tensor]]
 
 
 def _gradients(model: nn.Module, fixed: dict[str, Tensor]) -> _Gradients:

@@ -97,7 +97,7 @@ def test_any_sizes_and_batches_agree(rows, batch, epochs, momentum) -> None:
 def test_what_is_frozen_and_what_is_constant_stays() -> None:
     def build() -> nn.Module:
         net = mlp()
-        net[1].weight.requires_grad_(False)
+        net[1].weight.requires_grad = False
         net.register_buffer("kept", torch.ones(2))
         return net
 
