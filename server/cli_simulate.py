@@ -30,6 +30,10 @@ def simulate(
         int | None,
         typer.Option(help="What all draws come from. (default: the plan's)", show_default=False),
     ] = None,
+    threads: Annotated[
+        int,
+        typer.Option(help="Threads that train; for small networks one is fastest.", min=1),
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Try a plan on simulated devices: what accuracy it reaches, at which ε, in what time.
@@ -44,7 +48,9 @@ def simulate(
     from atoll.privacy.errors import BadParameters, PrivacyError
 
     try:
-        simulation.main(file, devices, cohort, rounds=rounds, seed=seed, as_json=as_json)
+        simulation.main(
+            file, devices, cohort, rounds=rounds, seed=seed, threads=threads, as_json=as_json
+        )
     except (BadPlan, BadParameters) as error:
         raise Misuse(str(error)) from error
     except (FederationError, PrivacyError) as error:

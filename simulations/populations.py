@@ -76,25 +76,32 @@ class DirichletPopulation:
         return _take(pool, _of_classes(pool.y, labels, rng))
 
 
+class Person(NamedTuple):
+    """One person's examples."""
+
+    train: Examples
+    test: Examples
+
+
 @dataclass(frozen=True)
 class PeoplePopulation:
     """Devices that differ as people do: each has part of one person's recordings.
 
-    ``people`` is each person's training and test examples; device i is like person i, counted
-    round. It holds 1 + Poisson(``rows`` - 1) of the person's training examples, drawn with
+    Device i is like person i, counted round. It holds 1 + Poisson(``rows`` - 1) of the person's training examples, drawn with
     replacement, and all of those for testing.
     """
 
     size: int
-    people: tuple[Mapping[Split, Examples], ...]
+    people: tuple[Person, ...]
     seed: int
     rows: int = ROWS
 
     def examples(self, device: int, split: Split) -> Examples:
         """Return what a device holds."""
-        pool = self.people[device % len(self.people)][split]
+        person = self.people[device % len(self.people)]
         if split == "test":
-            return pool
+            return person.test
+        pool = person.train
         rng = np.random.default_rng([self.seed, device])
         return _take(pool, rng.integers(0, len(pool.y), 1 + rng.poisson(self.rows - 1)))
 
@@ -132,7 +139,7 @@ def _spar(devices: int, seed: int) -> Simulated:
     with tempfile.TemporaryDirectory() as folder:
         dealt = split_people(Path(folder), PEOPLE)
         people = tuple(
-            {"train": task.load(dealt[person], "train"), "test": task.load(dealt[person], "test")}
+            Person(task.load(dealt[person], "train"), task.load(dealt[person], "test"))
             for person in PEOPLE
         )
     return Simulated(task, PeoplePopulation(devices, people, seed))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -30,6 +31,7 @@ def main(
     *,
     rounds: int | None,
     seed: int | None,
+    threads: int,
     as_json: bool,
 ) -> None:
     """Simulate the plan in ``file`` and print what came of it; progress goes to stderr.
@@ -45,7 +47,7 @@ def main(
     simulated = populations.named(plan.task, devices, plan.seed)
     heard: list[Round] = []
     began = time.perf_counter()
-    with _progress(plan.rounds, Console(stderr=True)) as show:
+    with _progress(plan.rounds, Console(stderr=True)) as show, _threads(threads):
 
         def on_round(done: Round) -> None:
             heard.append(done)
@@ -140,6 +142,17 @@ def peak_memory() -> int:
     """Return the most bytes that this process has occupied."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB
+
+
+@contextmanager
+def _threads(wanted: int) -> Iterator[None]:
+    """Let torch use so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
