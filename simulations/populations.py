@@ -87,8 +87,8 @@ class Person(NamedTuple):
 class PeoplePopulation:
     """Devices that differ as people do: each has part of one person's recordings.
 
-    Device i is like person i, counted round. It holds 1 + Poisson(``rows`` - 1) of the person's training examples, drawn with
-    replacement, and all of those for testing.
+    Device i is like person i, counted round. It holds 1 + Poisson(``rows`` - 1) of the person's
+    training examples, drawn with replacement, and all of those for testing.
     """
 
     size: int
