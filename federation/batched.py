@@ -14,6 +14,10 @@ runs, one that draws at random in training (dropout, augmentation): :func:`check
 by computing two steps both ways, and raises :class:`Unbatchable`. The client's own path is
 then the only one.
 
+Nor is every network worth it. What is saved is the cost of starting operations; once a step's
+own work outweighs that, a processor computes many different convolutions no faster than one
+after the other, and its caches hold less of them. :func:`worthwhile` says which it is.
+
 Memory is bounded by the chunk, whatever the cohort: clients are taken from their iterable a
 chunk at a time.
 """
@@ -41,6 +45,12 @@ MOST_AT_ONCE: Final = 64
 """Clients of a chunk at most; more of them make no step faster."""
 CHUNK_BYTES: Final = 1 << 28
 """Stacked weights, their gradients and momenta take about so much at most."""
+WORTHWHILE: Final = 2_500_000
+"""Multiplications of a step up to which a CPU gains by it.
+
+Measured by ``benchmarks/simulation.py`` and its like: two to eight times faster far below, even at
+some three million, slower by half at twenty.
+"""
 UNDERSTOOD: Final = frozenset(
     {
         "local_epochs",
@@ -101,6 +111,35 @@ def default_device() -> torch.device:
 def chunk_size(parameters: int) -> int:
     """Return how many clients of a model with so many ``parameters`` share a computation."""
     return max(1, min(MOST_AT_ONCE, CHUNK_BYTES // (4 * _COPIES * max(parameters, 1))))
+
+
+def worthwhile(
+    model: nn.Module, shape: Sequence[int], training: Training, device: torch.device
+) -> bool:
+    """Return whether clients train faster together, by a step's work; on a GPU always."""
+    return device.type != "cpu" or multiplications(model, shape) * training.batch_size <= WORTHWHILE
+
+
+def multiplications(model: nn.Module, shape: Sequence[int]) -> int:
+    """Return how many a forward pass of one example takes, in layers with matrices of weights."""
+    counted = 0
+
+    def count(layer: nn.Module, _: object, out: object) -> None:
+        nonlocal counted
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and isinstance(out, Tensor) and weight.ndim > 1:
+            counted += weight.numel() * (out.numel() // len(weight))
+
+    hooks = [layer.register_forward_hook(count) for layer in model.modules()]
+    mode = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *shape))
+    finally:
+        model.train(mode)
+        for hook in hooks:
+            hook.remove()
+    return counted
 
 
 def check(model: nn.Module, shape: Sequence[int], classes: int, training: Training) -> None:

@@ -110,16 +110,18 @@ class Trainer(NamedTuple):
 
 
 def trainer_of(task: Task, plan: Plan) -> Trainer:
-    """Return the batched trainer, or the device's own where the model does not allow it."""
+    """Return the batched trainer, or the device's own where that is faster or the only one."""
     model, settings = task.model(plan.seed), plan.training
+
+    def alone(weights: Vector, clients: Iterable[Client]) -> Iterator[Trained]:
+        for client in clients:
+            yield training.train(model, weights, client.examples, settings, client.seed)
+
+    if not batched.worthwhile(model, task.input_shape, settings, batched.default_device()):
+        return Trainer(alone, "one by one", "on a CPU that is faster for a network of this size")
     try:
         batched.check(model, task.input_shape, len(task.classes), settings)
     except Unbatchable as error:
-
-        def alone(weights: Vector, clients: Iterable[Client]) -> Iterator[Trained]:
-            for client in clients:
-                yield training.train(model, weights, client.examples, settings, client.seed)
-
         return Trainer(alone, "one by one", str(error))
     return Trainer(
         lambda weights, clients: batched.train(model, weights, clients, settings), "batched"

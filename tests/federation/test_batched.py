@@ -211,6 +211,18 @@ def test_every_field_of_training_is_understood_or_has_its_default() -> None:
     batched.check(mlp(), SHAPE, CLASSES, Training())
 
 
+def test_multiplications_are_counted_and_say_what_is_worthwhile() -> None:
+    # 4 filters of 2·3·3 at 8·8 places, 6 of 4·3·3 at 2·2, and 24·3.
+    count = 4 * 18 * 64 + 6 * 36 * 4 + 24 * CLASSES
+    model = convolutional()
+    assert batched.multiplications(model, SHAPE) == count
+    cpu, most = torch.device("cpu"), batched.WORTHWHILE // count
+    assert batched.worthwhile(model, SHAPE, how(batch=most), cpu)
+    assert not batched.worthwhile(model, SHAPE, how(batch=most + 1), cpu)
+    assert batched.worthwhile(model, SHAPE, how(batch=most + 1), torch.device("cuda"))
+    assert model.training
+
+
 def test_a_client_without_examples_is_an_error() -> None:
     model = mlp()
     with pytest.raises(DataMissing):

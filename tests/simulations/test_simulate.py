@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from atoll.federation import client_app, parameters, rounds
+from atoll.federation import client_app, parameters, rounds, training
 from atoll.federation import plan as plans
 from atoll.federation.engine import InProcessGrid
 from atoll.federation.errors import BadPlan, RoundFailed
@@ -130,11 +130,27 @@ def test_without_noise_it_comes_out_as_over_real_client_apps(tmp_path, changes) 
         assert mine.loss == pytest.approx(real.loss, abs=1e-3)
 
 
-def test_a_model_that_cannot_be_mapped_trains_one_by_one() -> None:
-    plan = plan_of(task="spar", model="spar", rounds=1)
-    trainer = simulate.trainer_of(Spar(), plan)
+class Dropping(digits.Digits):
+    """Its network draws at random in training."""
+
+    def model(self, seed):
+        return torch.nn.Sequential(super().model(seed), torch.nn.Dropout(0.1))
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"), [(Dropping(), "random"), (Spar(), "faster")], ids=["dropout", "large"]
+)
+def test_a_model_that_gains_nothing_or_cannot_be_mapped_trains_one_by_one(task, reason) -> None:
+    plan = plan_of(training={"batch_size": 16})
+    trainer = simulate.trainer_of(task, plan)
     assert trainer.engine == "one by one"
-    assert "random" in trainer.reason
+    assert reason in trainer.reason
+    shape = (8, *task.input_shape)
+    examples = Examples(np.ones(shape, np.float32), np.zeros(8, np.int64))
+    weights = parameters.flatten(task.model(0))
+    (mine,) = trainer.train(weights, [simulate.Client(examples, 5)])
+    own = training.train(task.model(0), weights, examples, plan.training, 5)
+    assert np.array_equal(mine.weights, own.weights)
 
 
 def test_equal_seeds_give_equal_results_noise_and_cohorts_included() -> None:
