@@ -38,7 +38,7 @@ DEVICES: Final = 50
 ROWS: Final = 50
 CLASSES: Final = 10
 SETTINGS: Final = Training(local_epochs=1, batch_size=10, learning_rate=0.1, momentum=0.0)
-LOSS_TOLERANCE: Final = 1e-3
+TOLERANCE: Final = 1e-5
 OTHERS: Final = {"pfl": "pfl-research", "ray": "Flower on Ray"}
 
 
@@ -135,9 +135,16 @@ def measure(case: Case, devices: int, repeats: int) -> Row:
 
 
 def _same(together: Sequence[Trained], alone: Sequence[Trained]) -> None:
-    """Check that both did the same work, whatever a kink in the network makes of rounding."""
-    for mine, own in zip(together, alone, strict=True):
-        assert abs(mine.loss - own.loss) < LOSS_TOLERANCE, (mine.loss, own.loss)
+    """Check that both did the same work.
+
+    By the median device: at a kink (which of two pixels is the largest) the last bit of a
+    float32 may send a device either way, and with this learning rate it then goes on elsewhere.
+    """
+    apart = [
+        float(np.abs(mine.weights - own.weights).max())
+        for mine, own in zip(together, alone, strict=True)
+    ]
+    assert np.median(apart) < TOLERANCE, apart
 
 
 def _seconds(work: Callable[[], object]) -> float:

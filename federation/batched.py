@@ -6,7 +6,8 @@ What :func:`atoll.federation.training.train` does for one client, done for a chu
 once: parameters are stacked along a first axis and ``torch.func.vmap`` maps the gradient over
 it, so that small networks cost a few large operations instead of many small ones. A client's
 batches are those of ``training.train``, row for row, from the same seed; the arithmetic is
-the same up to the order of float32 additions. Clients of different sizes share a step: short
+the same up to the order of float32 additions (at a kink, such as which of two pixels is the
+largest, a last bit can tip a client over, as another build of torch can). Clients of different sizes share a step: short
 batches are padded, and the padding weighs nothing.
 
 Not every network can be mapped. One with statistics of batches, one that changes itself as it
@@ -48,8 +49,8 @@ CHUNK_BYTES: Final = 1 << 28
 WORTHWHILE: Final = 2_500_000
 """Multiplications of a step up to which a CPU gains by it.
 
-Measured by ``benchmarks/simulation.py`` and its like: two to eight times faster far below, even at
-some three million, slower by half at twenty.
+Measured with one thread (``benchmarks/simulation.py``): three to five times faster far below, even
+at two to three million, slower by a third at seventy million.
 """
 UNDERSTOOD: Final = frozenset(
     {
