@@ -6,9 +6,9 @@ What :func:`atoll.federation.training.train` does for one client, done for a chu
 once: parameters are stacked along a first axis and ``torch.func.vmap`` maps the gradient over
 it, so that small networks cost a few large operations instead of many small ones. A client's
 batches are those of ``training.train``, row for row, from the same seed; the arithmetic is
-the same up to the order of float32 additions (at a kink, such as which of two pixels is the
-largest, a last bit can tip a client over, as another build of torch can). Clients of different sizes share a step: short
-batches are padded, and the padding weighs nothing.
+the same up to the order of float32 additions. (At a kink, such as which of two pixels is the
+largest, a last bit can tip a client over, as another build of torch can.) Clients of different
+sizes share a step: short batches are padded, and the padding weighs nothing.
 
 Not every network can be mapped. One with statistics of batches, one that changes itself as it
 runs, one that draws at random in training (dropout, augmentation): :func:`check` finds them
