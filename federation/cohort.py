@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from flwr.serverapp import Grid
 
 from atoll.federation.errors import RoundFailed
 from atoll.federation.exchange import Clock
 from atoll.privacy.keystream import Keystream
+
+Name = TypeVar("Name", str, int)
+"""What a device is called: by its id, or by its number in a simulation."""
 
 _LOOK_SECONDS: Final = 0.5
 
@@ -40,7 +43,7 @@ class Cohort:
         return {device: self.members[device].certificate for device in self.trainers}
 
 
-def draw(names: Sequence[str], rate: float, entropy: Keystream) -> list[str]:
+def draw(names: Sequence[Name], rate: float, entropy: Keystream) -> list[Name]:
     """Return a Poisson sample of ``names``: each is in with probability ``rate``, on its own.
 
     ``rate`` is rounded up to a multiple of 2**-53. ``entropy`` is ``Keystream.fresh()``, but

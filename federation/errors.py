@@ -6,6 +6,7 @@ FederationError
 ├── BadPlan              the plan file cannot be run as it stands; edit it
 ├── BadMessage           a message that is none of ours; drop it
 ├── BadCheckpoint        a run's file on disk is damaged or another's; remove it
+├── Unbatchable          clients of this model cannot train at once; train one after the other
 ├── RoundFailed          too few devices answered; the round is thrown away
 └── LinkError            the SuperLink cannot be reached or refuses; retry later
 """
@@ -42,6 +43,10 @@ class BadMessage(FederationError, ValueError):
 
 class BadCheckpoint(FederationError):
     """A checkpoint that cannot be read or belongs to another run."""
+
+
+class Unbatchable(FederationError):
+    """Clients of this model cannot be trained as one computation."""
 
 
 class RoundFailed(FederationError):

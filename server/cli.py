@@ -10,7 +10,15 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from atoll.server import cli_device, cli_hub, cli_keys, cli_model, cli_plan, cli_privacy
+from atoll.server import (
+    cli_device,
+    cli_hub,
+    cli_keys,
+    cli_model,
+    cli_plan,
+    cli_privacy,
+    cli_simulate,
+)
 from atoll.server.cli_options import Data, Json, connect, flowing, guarded
 from atoll.server.tables import put, put_json
 
@@ -61,6 +69,9 @@ def demo(context: typer.Context) -> None:
     # By name: the hub's package knows nothing of the simulations that stand on it.
     simulation: Any = importlib.import_module("atoll.simulations.demo")
     simulation.command(context.args)
+
+
+app.command("simulate")(guarded(cli_simulate.simulate))
 
 
 @guarded

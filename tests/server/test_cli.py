@@ -83,6 +83,7 @@ def test_help_lists_every_group_and_the_exit_statuses(atoll):
         *(["model", it] for it in ("list", "publish", "roll-out", "roll-back")),
         *(["privacy", it] for it in ("plan", "show")),
         ["keys", "init"],
+        ["simulate"],
     ],
     ids=" ".join,
 )

@@ -1,0 +1,374 @@
+"""A plan's rounds on many simulated devices, in this process.
+
+    run(plan, simulated, cohort, on_round) -> Ended
+
+A round is a real one without its messages: the ledger is charged, a cohort drawn, each device
+of it trains on its own examples and encodes its update with the plan's clipping, weight, riders
+and share of the noise; the integers are added up, released, decoded, and the hub takes its
+step. Each rule is the one that hub and devices use (:mod:`atoll.privacy.update`,
+:mod:`atoll.federation.riders`, :mod:`~atoll.federation.release`, :func:`rounds.stepped`). What
+hides terms on their way (masks, encryption) changes no sum and is left out.
+
+Without noise the result is that of :class:`atoll.federation.engine.InProcessGrid` with the same
+seed, run name and cohort, up to the float32 additions of :mod:`atoll.federation.batched`. All
+draws, noise included, come from the seed, so a simulation can be replayed and protects nobody.
+
+Nothing is kept per device: memory depends on the model and on what is trained at once, never
+on how many devices there are.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+from torch import nn
+
+from atoll.federation import batched, parameters, release, rounds, training
+from atoll.federation.batched import Client
+from atoll.federation.checkpoints import Checkpoint
+from atoll.federation.cohort import draw
+from atoll.federation.conversation import Learned
+from atoll.federation.errors import BadPlan, RoundFailed, Unbatchable
+from atoll.federation.parameters import Vector
+from atoll.federation.plan import Cohort, Plan, Privacy
+from atoll.federation.riders import Riders
+from atoll.federation.strategies import effective_steps
+from atoll.federation.task import Task
+from atoll.federation.training import Trained
+from atoll.privacy import modes, update
+from atoll.privacy.errors import BadUpdate, BudgetExceeded
+from atoll.privacy.keystream import Keystream
+from atoll.privacy.ledger import Event, FixedSample, Gaussian, Ledger, MemoryStore
+from atoll.privacy.sums import Integers
+from atoll.privacy.update import UpdateSpec
+from atoll.server.pipeline import event_of
+from atoll.simulations.populations import Population, Simulated
+
+RUN: Final = "simulation"
+EVERY: Final = 10
+"""Rounds from one evaluation to the next; the last round is always followed by one."""
+EVALUATORS: Final = 50
+"""Devices on whose held-back examples weights are evaluated."""
+BLOCK: Final = 4096
+"""Devices for which a Poisson draw tosses its coins at once."""
+
+_HEEDED: Final = {
+    Plan: {"name", "task", "model", "rounds", "seed", "training", "cohort", "privacy"},
+    Cohort: {"labels", "min_devices", "round_timeout", "sampling_rate"},
+    Privacy: {
+        *("mode", "clip_norm", "bits", "noise_multiplier", "noise", "colluders", "clip"),
+        *("clip_quantile", "clip_rate", "rider_noise_multiplier", "delta", "budget_epsilon"),
+        "telemetry_noise",
+    },
+}
+"""What a simulation knows how to do; another field must have its default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round as it went: of ``drawn`` devices ``survivors`` are in the sum.
+
+    ``survivors`` is 0 when the round was thrown away, and ``loss`` none. ``accuracy`` is none
+    in rounds that were not followed by an evaluation. ``seconds`` leave the evaluation out.
+    """
+
+    round: int
+    seconds: float
+    drawn: int
+    survivors: int
+    loss: float | None
+    epsilon: float | None
+    clip_norm: float
+    accuracy: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Where a simulation ended: float32 weights ``(n,)``; how many rounds are in them.
+
+    ``engine`` says how devices trained: ``batched``, or ``one by one`` for ``reason``.
+    """
+
+    weights: Vector
+    rounds: int
+    ended: Literal["complete", "budget"]
+    accuracy: float
+    engine: Literal["batched", "one by one"]
+    reason: str
+
+
+class Trainer(NamedTuple):
+    """How devices train: weights and clients to what they come to, in order."""
+
+    train: Callable[[Vector, Iterable[Client]], Iterator[Trained]]
+    engine: Literal["batched", "one by one"]
+    reason: str = ""
+
+
+def trainer_of(task: Task, plan: Plan) -> Trainer:
+    """Return the batched trainer, or the device's own where that is faster or the only one."""
+    model, settings = task.model(plan.seed), plan.training
+
+    def alone(weights: Vector, clients: Iterable[Client]) -> Iterator[Trained]:
+        for client in clients:
+            yield training.train(model, weights, client.examples, settings, client.seed)
+
+    if not batched.worthwhile(model, task.input_shape, settings, batched.default_device()):
+        return Trainer(alone, "one by one", "on a CPU that is faster for a network of this size")
+    try:
+        batched.check(model, task.input_shape, len(task.classes), settings)
+    except Unbatchable as error:
+        return Trainer(alone, "one by one", str(error))
+    return Trainer(
+        lambda weights, clients: batched.train(model, weights, clients, settings), "batched"
+    )
+
+
+def run(
+    plan: Plan,
+    simulated: Simulated,
+    cohort: int | None,
+    on_round: Callable[[Round], None],
+    *,
+    name: str = RUN,
+    every: int = EVERY,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Ended:
+    """Run the plan's rounds on ``simulated`` devices.
+
+    ``name`` is the run's, from which devices' seeds come. A round's cohort is drawn as the plan
+    says; ``cohort`` sets a fixed number of devices, each
+    such set as likely, for a plan without a sampling rate. ``on_round`` hears of every round.
+
+    Raises :class:`BadPlan` for what cannot be simulated,
+    :class:`atoll.privacy.errors.BadParameters` for a plan that cannot be private or decoded,
+    and :class:`RoundFailed` when updates diverge round after round.
+    """
+    task, population = simulated
+    model = task.model(plan.seed)
+    initial = parameters.flatten(model)
+    check(plan, population.size, cohort, len(initial))
+    devices = _Devices(plan, population, cohort, trainer_of(task, plan), name)
+    ledger = Ledger(MemoryStore(), plan.model, plan.privacy.budget_epsilon, plan.privacy.delta)
+    event, entropy = cost(plan, population.size, cohort), Keystream.replayable(plan.seed)
+    state, failures = Checkpoint.fresh(name, initial), 0
+    ended: Literal["complete", "budget"] = "complete"
+    for number in range(1, plan.rounds + 1):
+        began = clock()
+        try:
+            spent = ledger.charge(f"{name}/{number}", event).epsilon_pld
+        except BudgetExceeded:
+            ended = "budget"
+            break
+        state = replace(state, begun=number)
+        clip_norm = state.clip_norm or plan.privacy.clip_norm
+        drawn = devices.drawn(entropy)
+        heard = devices.learn(number, state.weights, clip_norm, drawn, entropy)
+        if heard.learned is not None:
+            failures = 0
+            state = rounds.stepped(state, heard.learned, plan)
+        elif len(drawn) >= plan.cohort.min_devices:
+            failures += 1
+        seconds = clock() - began
+        looked = number % every == 0 and number < plan.rounds
+        on_round(
+            Round(
+                round=number,
+                seconds=seconds,
+                drawn=len(drawn),
+                survivors=heard.survivors,
+                loss=heard.loss,
+                epsilon=spent if math.isfinite(spent) else None,
+                clip_norm=clip_norm,
+                accuracy=accuracy(model, state.result, population) if looked else None,
+            )
+        )
+        if failures == rounds.PATIENCE:
+            raise RoundFailed(
+                f"{failures} rounds in a row were thrown away: the updates of too many devices "
+                "diverged; lower training.learning_rate"
+            )
+    return Ended(
+        state.result,
+        state.trained,
+        ended,
+        accuracy(model, state.result, population),
+        devices.trainer.engine,
+        devices.trainer.reason,
+    )
+
+
+def check(plan: Plan, size: int, cohort: int | None, length: int) -> None:
+    """Raise :class:`BadPlan` or :class:`BadParameters` for what could not run.
+
+    ``length`` is the number of the model's parameters.
+    """
+    for part in (plan, plan.cohort, plan.privacy):
+        known = _HEEDED[type(part)]
+        for field in msgspec.structs.fields(part):
+            if field.name not in known and getattr(part, field.name) != field.default:
+                raise BadPlan(
+                    f"{field.name} cannot be simulated; leave it out, or run the plan on devices"
+                )
+    if cohort is not None and plan.cohort.sampling_rate is not None:
+        raise BadPlan(
+            "the plan draws its cohorts by cohort.sampling_rate; leave a fixed size of the "
+            "cohort out, or sampling_rate"
+        )
+    if cohort is not None and not plan.cohort.min_devices <= cohort <= size:
+        raise BadPlan(
+            f"a cohort of {cohort} must be at least cohort.min_devices "
+            f"({plan.cohort.min_devices}) and at most the {size} devices there are"
+        )
+    spec = release.update_spec(plan, plan.privacy.clip_norm)
+    modes.check(plan.privacy.mode, spec, length, cohort or size)
+    in_the_clear = msgspec.structs.replace(plan.privacy, mode="plain")
+    release.check_population(msgspec.structs.replace(plan, privacy=in_the_clear), size)
+
+
+def cost(plan: Plan, size: int, cohort: int | None) -> Event:
+    """Return what a round costs a population of ``size`` devices.
+
+    A fixed cohort is secret under the same condition as a sampled one, that the hub alone adds
+    the noise; means are over its size, which is no secret.
+    """
+    event = event_of(plan, size)
+    secret = cohort is not None and cohort < size and plan.privacy.noise == "central"
+    if isinstance(event, Gaussian) and cohort is not None and secret:
+        return Gaussian(event.noise_multiplier, FixedSample(cohort, size))
+    return event
+
+
+def accuracy(model: nn.Module, weights: Vector, population: Population) -> float:
+    """Return the share of examples held back by :data:`EVALUATORS` devices that is right."""
+    rows = correct = 0
+    for place in range(min(EVALUATORS, population.size)):
+        device = place * population.size // min(EVALUATORS, population.size)
+        done = training.evaluate(model, weights, population.examples(device, "test"))
+        rows, correct = rows + done.rows, correct + done.correct
+    return correct / rows
+
+
+def sampled(size: int, rate: float, entropy: Keystream) -> list[int]:
+    """Return a Poisson sample of the numbers below ``size``, in memory for the sample alone."""
+    found: list[int] = []
+    for start in range(0, size, BLOCK):
+        found += draw(range(start, min(start + BLOCK, size)), rate, entropy)
+    return found
+
+
+def chosen(size: int, count: int, entropy: Keystream) -> list[int]:
+    """Return ``count`` of the numbers below ``size``, each such set as likely as another.
+
+    R. Floyd's algorithm (J. Bentley, "Programming Pearls", CACM 30:9, 1987): one draw each.
+    """
+    found: set[int] = set()
+    for last in range(size - count, size):
+        one = int(entropy.below(last + 1, 1)[0])
+        found.add(last if one in found else one)
+    return sorted(found)
+
+
+class _Heard(NamedTuple):
+    learned: Learned | None
+    survivors: int
+    loss: float | None
+
+
+_NOTHING: Final = _Heard(None, 0, None)
+
+
+@dataclass(frozen=True)
+class _Devices:
+    """The devices of a simulation, and what a round learns from some of them."""
+
+    plan: Plan
+    population: Population
+    cohort: int | None
+    trainer: Trainer
+    run: str
+
+    def drawn(self, entropy: Keystream) -> Sequence[int]:
+        """Return a round's cohort."""
+        size, rate = self.population.size, self.plan.cohort.sampling_rate
+        if rate is not None:
+            return sampled(size, rate, entropy)
+        return range(size) if self.cohort is None else chosen(size, self.cohort, entropy)
+
+    def learn(
+        self,
+        number: int,
+        weights: Vector,
+        clip_norm: float,
+        drawn: Sequence[int],
+        entropy: Keystream,
+    ) -> _Heard:
+        """Return what the sum over ``drawn`` says; nothing when too few are in it."""
+        plan, riders = self.plan, Riders.of(self.plan)
+        if len(drawn) < plan.cohort.min_devices:
+            return _NOTHING
+        spec = release.update_spec(plan, clip_norm)
+        total: Integers = np.zeros(len(weights) + spec.riders, dtype=np.int64)
+        losses = []
+        for trained, client in self._trained(number, weights, drawn):
+            try:
+                total += _term(trained, client, weights, spec, plan)
+            except BadUpdate:
+                continue
+            losses.append(trained.loss)
+        if len(losses) < plan.cohort.min_devices:
+            return _NOTHING
+        sums = update.decode(update.release(total, spec, entropy), spec)
+        size = self.population.size
+        devices = self.cohort or release.devices(plan, size, size, len(losses))
+        learned = Learned(
+            riders.mean(sums, spec, devices), riders.next_clip_norm(plan, clip_norm, sums, devices)
+        )
+        return _Heard(learned, len(losses), float(np.mean(losses)))
+
+    def _trained(
+        self, number: int, weights: Vector, drawn: Sequence[int]
+    ) -> Iterator[tuple[Trained, "_Told"]]:
+        """Yield what each device trained, and who it is; examples are made as they are needed."""
+        told: deque[_Told] = deque()
+
+        def clients() -> Iterator[Client]:
+            for device in drawn:
+                seed = training.local_seed(self.plan.seed, self.run, number, name_of(device))
+                client = Client(self.population.examples(device, "train"), seed)
+                told.append(_Told(len(client.examples.y), seed))
+                yield client
+
+        for trained in self.trainer.train(weights, clients()):
+            yield trained, told.popleft()
+
+
+class _Told(NamedTuple):
+    """What encoding an update asks of its device."""
+
+    rows: int
+    seed: int
+
+
+def name_of(device: int) -> str:
+    """Return the id that a simulated device has in seeds."""
+    return f"device-{device}"
+
+
+def _term(trained: Trained, told: _Told, weights: Vector, spec: UpdateSpec, plan: Plan) -> Integers:
+    """Return a device's term, as :mod:`atoll.federation.client_app` makes it."""
+    change, riders, how = trained.weights - weights, Riders.of(plan), plan.training
+    steps = 0.0
+    if riders.most_steps:
+        steps = effective_steps(training.local_steps(told.rows, how), how)
+    if steps:
+        change = change / np.float32(steps)
+    within = update.norm(change) <= spec.clip_norm
+    behind = riders.values(told.rows, within=within, steps=steps)
+    rng = Keystream.replayable(told.seed)
+    return update.encode(change, spec, rng, riders.weight(told.rows), behind)
