@@ -1,5 +1,6 @@
 """A run from its proposal to its end, with the SuperLink up, down, and lying about."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ ANN = Operator("ann", "approver")
 
 
 @pytest.fixture
-def runner(store: Store, nodes: Any, clock: Any) -> Runner:
+def runner(store: Store, nodes: Any, clock: Any, tmp_path: Path) -> Runner:
     with store.begin() as connection:
         for name, revoked in (("w1", None), ("w2", None), ("gone", 1.0)):
             connection.execute(
@@ -36,7 +37,7 @@ def runner(store: Store, nodes: Any, clock: Any) -> Runner:
             )
             wanted = {"version": 0, "model": None, "release": None, "train": False}
             connection.execute(insert(twins).values(device=name, desired=wanted))
-    return Runner(store, nodes, clock)
+    return Runner(store, nodes, clock, tmp_path / "runs")
 
 
 def propose(store: Store, *, approved: bool = True) -> str:

@@ -14,6 +14,7 @@ from atoll.federation.engine import InProcessGrid  # after the path
 from atoll.federation.errors import RoundFailed
 from atoll.fleet import bundle as bundles
 from atoll.server import audit, schema, server_app
+from atoll.server.claims import Start
 from atoll.server.settings import Settings
 from atoll.server.store import Store
 
@@ -62,7 +63,7 @@ class Hub:
             self.fleet.grid,
             self.store,
             self.settings,
-            run,
+            Start(run, 0, "1"),
             tasks=lambda _: Waves(),
             now=lambda: NOW,
             clock=self.fleet.grid.clock,
@@ -161,7 +162,7 @@ def test_what_nobody_foresaw_fails_the_run_and_is_raised(hub):
             hub.fleet.grid,
             hub.store,
             hub.settings,
-            "r2",
+            Start("r2", 0, "1"),
             tasks=broken,
             now=lambda: NOW,
             clock=hub.fleet.grid.clock,
