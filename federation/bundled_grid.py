@@ -9,7 +9,8 @@ second and then up to 180, holding up everyone else's.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, cast
 
 import httpx
@@ -39,10 +40,11 @@ from flwr.supercore.inflatable.inflatable_utils import (
     pull_objects,
 )
 from flwr.supercore.protobuf.client import ProtobufRequestContext
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.superlink.grid import http_grid
 from google.protobuf.message import Message as ProtobufMessage
 
+from atoll.federation.errors import LinkError
 from atoll.federation.superlink import FETCH_ALL, SEND_ALL
 from atoll.privacy import frames
 
@@ -55,8 +57,22 @@ _promptly = functools.partial(
 )
 
 
+@contextmanager
+def _carried() -> Iterator[None]:
+    """Say of a failed call what it means: Flower does not carry this run any more."""
+    try:
+        yield
+    except (httpx.HTTPError, RunNotRunningException) as error:
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise LinkError(f"the SuperLink no longer carries this run ({said})") from error
+
+
 class BundledGrid(Grid):
-    """A grid over the one that flwr gave its ServerApp."""
+    """A grid over the one that flwr gave its ServerApp.
+
+    What sends or asks raises :class:`LinkError` when the SuperLink is gone for good, or has
+    ended the run.
+    """
 
     def __init__(self, inner: Grid) -> None:
         # What it does beyond the interface is flwr's HttpGrid alone.
@@ -84,10 +100,12 @@ class BundledGrid(Grid):
         """Return a message; Flower prefers its constructor."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
+    @_carried()
     def get_node_ids(self) -> Iterable[int]:
         """Return the connected nodes."""
         return cast("Iterable[int]", self._inner.get_node_ids())
 
+    @_carried()
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages; return their ids, empty where one was not taken."""
         sent = list(messages)
@@ -101,6 +119,7 @@ class BundledGrid(Grid):
                 return list(PushAppMessagesResponse.FromString(answer).message_ids)
         return cast("Iterable[str]", self._inner.push_messages(sent))
 
+    @_carried()
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies there are to ``message_ids``, each once."""
         wanted = list(message_ids)

@@ -1,8 +1,8 @@
 """The last state of a run on disk, so that a hub can stop at any instant and go on.
 
 One file, replaced whole: written beside its place, flushed to the disk, renamed. A round
-that has begun may have spent privacy budget and may have been answered, so it is never
-begun twice: a run that finds it unfinished counts it as thrown away.
+that has begun has been charged and may have been answered; what becomes of one that did not
+end is for :mod:`atoll.federation.rounds` to say.
 """
 
 import io
@@ -27,7 +27,9 @@ class Checkpoint:
     ``moments`` are what the strategy carries on, float32 ``(n,)`` each, none before it stepped;
     ``tail`` float32 ``(n,)`` is the mean of the weights after the last ``tailed`` rounds, once
     they are averaged.
-    Rounds count from 1; 0 means none. ``trained`` is how many rounds changed the weights.
+    Rounds count from 1; 0 means none. ``trained`` is how many rounds changed the weights;
+    ``ended`` the last round that did not break off, thrown away or not; ``lost`` how many did
+    break off and could not be repeated.
     ``session`` is what the hub's side of the sums keeps between rounds; nothing secret.
     ``clip_norm`` is the clipping norm to go on with; none before it was ever moved.
     """
@@ -42,6 +44,8 @@ class Checkpoint:
     tailed: int = 0
     session: bytes = b""
     clip_norm: float | None = None
+    ended: int = 0
+    lost: int = 0
 
     @classmethod
     def fresh(cls, run: str, initial: Vector) -> "Checkpoint":
@@ -70,6 +74,7 @@ class Checkpoints:
                 [checkpoint.begun, checkpoint.completed, checkpoint.trained, checkpoint.tailed],
                 dtype=np.int64,
             ),
+            broken_off=np.array([checkpoint.ended, checkpoint.lost], dtype=np.int64),
             weights=checkpoint.weights,
             # One array, of no row where nothing is remembered.
             moments=np.array(checkpoint.moments, np.float32).reshape(
@@ -111,6 +116,8 @@ class Checkpoints:
                 norms = file["clip_norm"].tolist() if "clip_norm" in file.files else []
                 # Those from before there were strategies hold FedAvg's one moment by its name.
                 moments = file["moments"] if "moments" in file.files else [file["velocity"]]
+                # And files from before rounds were repeated do not say how the last one went.
+                ended, lost = file["broken_off"] if "broken_off" in file.files else (completed, 0)
                 found = Checkpoint(
                     run=str(file["run"]),
                     begun=begun,
@@ -122,6 +129,8 @@ class Checkpoints:
                     tailed=tailed,
                     session=file["session"].tobytes(),
                     clip_norm=float(norms[0]) if norms else None,
+                    ended=int(ended),
+                    lost=int(lost),
                 )
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise BadCheckpoint(

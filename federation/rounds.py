@@ -16,6 +16,12 @@ of the devices: the next round draws anew, and it neither adds to :data:`PATIENC
 from it. A cohort that was drawn large enough and of which too few are connected, or answer,
 does add.
 
+A round that broke off, because this process ended in it, is repeated under the charge that it has
+where every device answers the same question with the same bytes: in ``plain``, with the whole
+cohort. Elsewhere, and where devices no longer remember, it is lost: it stays charged, and one
+more round at the end, charged as any other, takes its place if the budget allows and the plan
+does not sample its cohorts (ADR 14).
+
 With no noise a run on the in-process engine is repeatable from ``plan.seed``: batch order
 and stochastic rounding on a device draw from (seed, round, device). With noise, rounding and
 noise draw from the system's entropy, as sampled cohorts always do.
@@ -92,7 +98,15 @@ def run_rounds(
     release.check_population(plan, len(cohort.trainers))
     rate, least = plan.cohort.sampling_rate, plan.cohort.min_devices
     failures, hoped = 0, len(cohort.trainers)
-    for number in range(state.begun + 1, plan.rounds + 1):
+    number, repeated = state.begun + 1, 0
+    if state.begun > state.ended and plan.privacy.mode == "plain" and rate is None:
+        number = repeated = state.begun
+    elif state.begun > state.ended:
+        # A sampled plan's δ counts on no more rounds than planned, so there none takes its place.
+        state = replace(state, ended=state.begun, lost=state.lost + (rate is None))
+        _save(state, checkpoints)
+        on_round(_broken_off(state, cohort, spec.clip_norm))
+    while number <= plan.rounds + state.lost:
         present = await_trainers(
             grid,
             cohort,
@@ -116,15 +130,19 @@ def run_rounds(
         if learned is not None:
             failures = 0
             state = replace(stepped(state, learned, plan), session=session.dump())
-            _save(state, checkpoints)
+        elif number == repeated:
+            state = replace(state, lost=state.lost + 1)
         elif len(drawn) >= least:
             failures += 1
+        state = replace(state, ended=number)
+        _save(state, checkpoints)
         on_round(talk.report(epsilon))
         if failures == PATIENCE:
             raise RoundFailed(
                 f"{PATIENCE} rounds in a row were thrown away ({talk.why}); "
                 "look at why devices drop out, then start the run again"
             )
+        number += 1
     return Outcome(state.result, state.trained, "complete")
 
 
@@ -135,7 +153,7 @@ def stepped(state: Checkpoint, learned: Learned, plan: Plan) -> Checkpoint:
     moments, update = strategy.step(before, learned.mean)
     weights = state.weights + update
     tail, tailed = state.tail, state.tailed
-    if state.begun > plan.rounds - plan.training.averaged_rounds:
+    if state.begun > plan.rounds + state.lost - plan.training.averaged_rounds:
         tailed += 1
         tail = (tail + (weights - tail) / tailed).astype(np.float32)
     return replace(
@@ -147,6 +165,22 @@ def stepped(state: Checkpoint, learned: Learned, plan: Plan) -> Checkpoint:
         tail=tail,
         tailed=tailed,
         clip_norm=learned.clip_norm,
+    )
+
+
+def _broken_off(state: Checkpoint, cohort: Cohort, clip_norm: float) -> RoundReport:
+    """Return the report of a round that is lost: nothing is known of it but that it began."""
+    why = "the hub's process ended in this round, and it cannot be repeated"
+    return RoundReport(
+        round=state.begun,
+        seconds=0.0,
+        survivors=(),
+        dropped=dict.fromkeys(cohort.trainers, why),
+        loss=None,
+        epsilon=None,
+        bytes_up=0,
+        bytes_down=0,
+        clip_norm=clip_norm,
     )
 
 

@@ -61,6 +61,9 @@ without one the SuperLink counts us as gone."""
 _SLOWEST_RETRY: Final = 20.0
 _TRIES: Final = 5
 """Tries at one request before the session is given up: about 15 s, enough for a hub's restart."""
+_ADMISSIONS: Final = 2
+"""Tries at being let in again after a refusal: a SuperLink that came back has other node ids, and
+for a moment knows none."""
 _PART_PATIENCE: Final = 60.0
 
 _log = logging.getLogger(__name__)
@@ -82,15 +85,17 @@ class WarmNode:
         """Answer messages until ``stop`` is set.
 
         Raises :class:`LinkError` when the first connection fails or the hub refuses this
-        device. A connection lost later is taken up again with back-off.
+        device, which a device that has been connected asks about :data:`_ADMISSIONS` times. A
+        connection lost later is taken up again with back-off. The ClientApp stays, so that what
+        it remembers of a round outlives the SuperLink that asked.
         """
-        attempt = 0
+        attempt = refusals = 0
         connected = False
         while not stop.is_set():
             client = FleetClient(self._base_url, self._ca, self._certificate, self._key)
             try:
                 with _Session(client, stop) as session:
-                    connected, attempt = True, 0
+                    connected, attempt, refusals = True, 0, 0
                     session.serve(app)
             except Lost as lost:
                 if not connected:
@@ -102,6 +107,12 @@ class WarmNode:
                 delay = _back_off(attempt)
                 _log.warning("lost the hub (%s); trying again in %.1f s", lost, delay)
                 stop.wait(delay)
+            except LinkError as refused:
+                if not connected or refusals == _ADMISSIONS:
+                    raise
+                refusals += 1
+                _log.warning("%s; asking again", refused)
+                stop.wait(_back_off(refusals))
             finally:
                 client.close()
 

@@ -17,7 +17,7 @@ def duties(hub: HubContext, link: Link, traffic: Traffic, runner: Runner) -> lis
 
     def run() -> None:
         if runner.tick():
-            hub.bus.publish("runs", "devices")
+            hub.bus.publish("runs", "devices", "audit")
 
     def roll() -> None:
         if rollouts.tick(hub.store, hub.clock()):

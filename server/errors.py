@@ -12,7 +12,8 @@ HubError                 a sentence and a remedy; the API answers with both
 ├── BadInput             422: change the request
 ├── TooLarge             413: send less
 ├── TooMany              429: wait
-└── Unavailable          503: a part of the hub is down; try again
+├── Unavailable          503: a part of the hub is down; try again
+└── Superseded           the run is another process's now; end without a word
 """
 
 from typing import ClassVar
@@ -117,3 +118,9 @@ class Unavailable(HubError):
 
     status = 503
     code = "unavailable"
+
+
+class Superseded(HubError):
+    """A run that another process works on now, or that nobody is to work on any more."""
+
+    code = "superseded"

@@ -169,7 +169,7 @@ class Hub:
         link, self.ingest = self._messaging(supervisor, broker, tls)
         traffic = Traffic()
         self._parts.callback(traffic.flush, store)
-        runner = runs.Runner(store, nodes, self._clock)
+        runner = runs.Runner(store, nodes, self._clock, settings.runs)
         runner.recover()
         scheduler = Scheduler(duties(self.context, link, traffic, runner))
         scheduler.start()

@@ -66,7 +66,10 @@ class SqlRecorder:
             connection.execute(update(runs).where(runs.c.id == self._run).values(stage=name))
 
     def round(self, report: RoundReport) -> None:
-        """Add the round; one that a restarted run reports again replaces itself."""
+        """Add the round; one that a restarted run reports again replaces itself.
+
+        A round that was completed is progress: the run may be taken up as often again.
+        """
         same = (rounds.c.run == self._run) & (rounds.c.round == report.round)
         with self._store.begin() as connection:
             connection.execute(delete(rounds).where(same))
@@ -82,6 +85,8 @@ class SqlRecorder:
                     epsilon=report.epsilon,
                 )
             )
+            if report.survivors:
+                connection.execute(update(runs).where(runs.c.id == self._run).values(stalled=0))
 
     def metrics(self, facts: Mapping[str, Any]) -> None:
         """Merge the facts into the run's metrics."""

@@ -1,15 +1,18 @@
 """A run's life at the hub: proposed, approved by a person, started with Flower, settled.
 
 Between ``running`` and the end, the run's own process (:mod:`atoll.server.server_app`) writes
-what it finds into the same rows; here a run is only started, watched, and settled when it ends
-without having said how. Everything is looked up anew at each tick, so a hub that was killed in
-the middle goes on where it was.
+what it finds into the same rows and settles the run; here it is only started and watched. A run
+whose process ended without having settled it, whatever ended it, is taken up again from its
+checkpoint, as a new Flower run under the same id, :data:`ATTEMPTS` times in a row at most in which
+no round is completed. Everything is looked up anew at each tick, so a hub that was killed in the
+middle goes on where it was.
 """
 
 import logging
 import secrets
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import Connection, RowMapping, insert, select, update
@@ -18,7 +21,7 @@ from atoll.federation import release
 from atoll.federation.errors import BadPlan, LinkError
 from atoll.federation.plan import Plan, loads
 from atoll.privacy.errors import BadParameters
-from atoll.server import audit, desired
+from atoll.server import audit, claims, desired
 from atoll.server.auth import Operator
 from atoll.server.context import Clock, Nodes
 from atoll.server.errors import BadInput, Conflict, Forbidden, NotFound
@@ -30,6 +33,11 @@ log = logging.getLogger(__name__)
 SERVER_APP: Final = "atoll.server.server_app:app"
 RUN_KEY: Final = "run"
 """The key of ``run_config`` under which the ServerApp finds the run's id."""
+ATTEMPT_KEY: Final = "attempt"
+"""And the number of this start of it (:mod:`atoll.server.claims`)."""
+ATTEMPTS: Final = 5
+"""Starts in a row in which a run may complete no round, before it has failed."""
+_HUB: Final = "hub"
 
 
 def propose(
@@ -119,25 +127,24 @@ def _check_population(connection: Connection, plan: Plan) -> None:
 
 
 class Runner:
-    """Starts approved runs one after another and settles those that Flower has ended."""
+    """Starts approved runs one after another, and takes up again those whose process has ended.
 
-    def __init__(self, store: Store, nodes: Nodes, clock: Clock) -> None:
+    ``folder`` holds a directory for each run, with its checkpoint.
+    """
+
+    def __init__(self, store: Store, nodes: Nodes, clock: Clock, folder: Path) -> None:
         self._store = store
         self._nodes = nodes
         self._clock = clock
+        self._folder = folder
 
     def recover(self) -> None:
-        """Settle the run that was being started when the hub went down, if there is one."""
-        with self._store.begin() as connection:
-            connection.execute(
-                update(runs)
-                .where(runs.c.state == "running", runs.c.flower_run.is_(None))
-                .values(
-                    state="failed",
-                    ended_at=self._clock(),
-                    reason="the hub stopped while it was starting the run; propose it again",
-                )
-            )
+        """Take up the run that was being started when the hub went down, if there is one."""
+        with self._store.read() as connection:
+            running = connection.execute(_in_state("running")).mappings().all()
+        for row in running:
+            if row["flower_run"] is None:
+                self._follow(row, "", "the hub ended while it was starting")
 
     def tick(self) -> bool:
         """Look at all runs once; return whether anything changed.
@@ -160,33 +167,69 @@ class Runner:
             started = connection.execute(
                 update(runs)
                 .where(runs.c.id == row["id"], runs.c.state == "approved")
-                .values(state="running", started_at=self._clock(), reason="")
+                .values(
+                    state="running",
+                    started_at=row["started_at"] or self._clock(),
+                    reason=_resumed(row["stalled"]),
+                    flower_run=None,
+                    attempt=row["attempt"] + 1,
+                )
             )
             if started.rowcount == 0:  # cancelled meanwhile
                 return
+        config = {RUN_KEY: row["id"], ATTEMPT_KEY: row["attempt"] + 1}
         try:
-            flower = self._nodes.start_run(SERVER_APP, {RUN_KEY: row["id"]})
+            flower = self._nodes.start_run(SERVER_APP, config)
         except LinkError as error:
-            self._update(row["id"], "running", {"state": "approved", "reason": str(error)})
+            # Should it have taken effect all the same: either its process has come and has the
+            # run, or it will find that the run was started anew and end.
+            self._update(row["id"], {"state": "approved", "reason": str(error)})
             raise
-        if not self._update(row["id"], "running", {"flower_run": flower}):
-            self._nodes.stop_run(flower)  # cancelled meanwhile
+        if not self._update(row["id"], {"flower_run": flower}):
+            self._stop_unless_its_own(row["id"], flower)
+
+    def _stop_unless_its_own(self, run: str, flower: str) -> None:
+        """Stop what was started in vain: the run is cancelled, or has ended, meanwhile."""
+        with self._store.read() as connection:
+            row = _row(connection, run)
+        if row["flower_run"] != flower or row["state"] == "cancelled":
+            self._nodes.stop_run(flower)
 
     def _settle(self, row: RowMapping) -> bool:
         flower = row["flower_run"]
         if flower is None:
             return False
+        # In this order: a process settles its run before it lets go of it.
+        gone = claims.ended(self._folder / row["id"], row["attempt"])
         status = self._nodes.run_status(flower)
-        if status.state != "finished":
+        if status.state == "finished":
+            return self._follow(row, status.outcome, status.detail)
+        if not gone:
             return False
-        ending = _ending(status.outcome, status.detail)
-        return self._update(row["id"], "running", ending | {"ended_at": self._clock()})
+        self._nodes.stop_run(flower)
+        return self._follow(row, "", "it was killed")
 
-    def _update(self, run: str, state: str, values: Mapping[str, Any]) -> bool:
-        """Change a run if it still is in ``state``: its own process may have moved it on."""
+    def _follow(self, before: RowMapping, outcome: str, detail: str) -> bool:
+        """Move a run on whose process has ended, unless that has settled it."""
+        now = self._clock()
+        with self._store.begin() as connection:
+            row = _row(connection, before["id"])
+            if (row["state"], row["attempt"]) != ("running", before["attempt"]):
+                return False
+            values = after_end(outcome, detail, row["stalled"])
+            again = values["state"] == "approved"
+            ended = {} if again else {"ended_at": now}
+            connection.execute(update(runs).where(runs.c.id == row["id"]).values(**values, **ended))
+            action = "run.resume" if again else f"run.{values['state']}"
+            audit.record(connection, _HUB, action, row["id"], now, reason=values["reason"])
+        return True
+
+    def _update(self, run: str, values: Mapping[str, Any]) -> bool:
+        """Change a run that is being started, unless its process has come or it was cancelled."""
+        starting = (runs.c.state == "running") & runs.c.flower_run.is_(None)
         with self._store.begin() as connection:
             changed = connection.execute(
-                update(runs).where(runs.c.id == run, runs.c.state == state).values(**values)
+                update(runs).where(runs.c.id == run, starting).values(**values)
             )
             return changed.rowcount > 0
 
@@ -207,16 +250,41 @@ def open_training(connection: Connection, *, wanted: bool) -> bool:
     return bool(stale)
 
 
-def _ending(outcome: str, detail: str) -> dict[str, Any]:
+def after_end(outcome: str, detail: str, stalled: int) -> dict[str, Any]:
+    """Return what becomes of a run whose process ended without having settled it.
+
+    ``outcome`` is Flower's, ``detail`` says why, and ``stalled`` how often that has happened
+    since a round was completed. The values are those of the run's columns.
+    """
     if outcome == "stopped":
         return {"state": "cancelled", "reason": "the run was stopped"}
-    said = "failed" if outcome == "failed" else "ended without a result"
-    reason = f"the run's process {said}; see the executor's log in the hub's data directory"
-    return {"state": "failed", "reason": f"{reason} ({detail})" if detail else reason}
+    why = f" ({detail})" if detail else ""
+    attempts = stalled + 1
+    if attempts >= ATTEMPTS:
+        return {
+            "state": "failed",
+            "reason": f"the run's process ended {attempts} times without having completed a "
+            f"round{why}; see logs/executor.log in the hub's data directory",
+        }
+    return {
+        "state": "approved",
+        "stalled": attempts,
+        "reason": f"the run's process ended{why}; it goes on from its checkpoint",
+    }
+
+
+def _resumed(stalled: int) -> str:
+    """Say of a run that is started what came before; nothing for the first time."""
+    if not stalled:
+        return ""
+    return f"taken up again from its checkpoint, attempt {stalled + 1} of {ATTEMPTS}"
 
 
 def _in_state(state: str) -> Any:  # noqa: ANN401  a Select of all the columns
-    return select(runs).where(runs.c.state == state).order_by(runs.c.created_at)
+    """Return the runs in a state: those that have begun before those that have not, by age."""
+    return (
+        select(runs).where(runs.c.state == state).order_by(runs.c.attempt == 0, runs.c.created_at)
+    )
 
 
 def _row(connection: Connection, run: str) -> RowMapping:

@@ -147,6 +147,9 @@ runs = Table(
     Column("started_at", Float),
     Column("ended_at", Float),
     Column("flower_run", String(20)),
+    Column("attempt", Integer, nullable=False, server_default="0"),  # starts with Flower so far
+    # How often it was taken up again since a round was completed.
+    Column("stalled", Integer, nullable=False, server_default="0"),
     Column("stage", String(32), nullable=False, default=""),  # train, evaluate, export, …
     Column("metrics", JSON, nullable=False),  # accuracy by split and precision, gates, ε, δ
 )

@@ -3,9 +3,11 @@
 ``ATOLL_DATA`` and ``ATOLL_DATABASE`` say where the hub keeps things; the run's id comes with
 Flower's run configuration. The plan, and who takes part, are read from the store; the pipeline
 does the rest; here the run is settled: ``gated`` when its candidate waits to be signed,
-``rejected`` when a gate failed, ``failed`` with the reason.
+``rejected`` when a gate failed, ``failed`` with the reason. When Flower no longer carries the
+run, or this process is told to end, it is left as it is, for the hub to take up again.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -19,19 +21,20 @@ from sqlalchemy import Connection, select, update
 from atoll.federation.bundled_grid import BundledGrid
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.cohort import Cohort, Member
-from atoll.federation.errors import FederationError, RoundFailed
+from atoll.federation.errors import FederationError, LinkError, RoundFailed
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock
 from atoll.federation.plan import Plan, loads
 from atoll.federation.task import Task, find
 from atoll.fleet.errors import FleetError
 from atoll.privacy.errors import PrivacyError
-from atoll.privacy.ledger import Ledger
+from atoll.privacy.ledger import Ledger, LedgerStore
 from atoll.privacy.modes import hub_session
 from atoll.server import audit, pipeline
-from atoll.server.errors import HubError
+from atoll.server.claims import Claim, ClaimedLedgerStore, Start, claimed
+from atoll.server.errors import HubError, Superseded, Unavailable
 from atoll.server.ledger_store import SqlLedgerStore
 from atoll.server.recording import SqlRecorder
-from atoll.server.runs import RUN_KEY
+from atoll.server.runs import ATTEMPT_KEY, RUN_KEY
 from atoll.server.schema import devices, runs
 from atoll.server.settings import Settings
 from atoll.server.store import Store
@@ -39,6 +42,8 @@ from atoll.server.store import Store
 ACTOR: Final = "run"
 """Who the audit log names for what a run's process does."""
 _LOOK_SECONDS: Final = 0.5
+
+log = logging.getLogger(__name__)
 
 app = ServerApp()
 
@@ -50,8 +55,13 @@ def main(grid: Grid, context: Context) -> None:
         data=Path(os.environ["ATOLL_DATA"]), database=os.environ.get("ATOLL_DATABASE") or None
     )
     store = Store(settings.database_url)
+    start = Start(
+        run=str(context.run_config[RUN_KEY]),
+        attempt=int(context.run_config[ATTEMPT_KEY]),
+        flower=str(context.run_id),
+    )
     try:
-        execute(BundledGrid(grid), store, settings, str(context.run_config[RUN_KEY]))
+        execute(BundledGrid(grid), store, settings, start)
     finally:
         store.close()
 
@@ -60,54 +70,72 @@ def execute(
     grid: Grid,
     store: Store,
     settings: Settings,
-    run: str,
+    start: Start,
     *,
     tasks: Callable[[str], Task] = find,
     now: Callable[[], float] = time.time,
     clock: Clock = SYSTEM_CLOCK,
 ) -> None:
-    """Run a plan of the store and settle the run; ``now`` gives Unix seconds.
+    """Run a plan of the store, from its checkpoint if it has one, and settle the run.
 
-    What goes wrong in a way that a person can mend settles the run as failed and is not
-    raised; anything else is both.
+    ``now`` gives Unix seconds. What goes wrong in a way that a person can mend settles the run
+    as failed and is not raised; anything else is both. :class:`LinkError` and
+    :class:`Unavailable` are raised with the run as it was: it can go on in another process. One
+    that finds the run to be another's ends without a word.
     """
+    try:
+        with claimed(store, settings.runs / start.run, start, clock) as claim:
+            _carry_out(grid, store, settings, start.run, claim, tasks, now, clock)
+    except Superseded as superseded:
+        log.info("%s", superseded)
+
+
+def _carry_out(
+    grid: Grid,
+    store: Store,
+    settings: Settings,
+    run: str,
+    claim: Claim,
+    tasks: Callable[[str], Task],
+    now: Callable[[], float],
+    clock: Clock,
+) -> None:
     try:
         with store.read() as connection:
             plan = _plan(connection, run)
+        await_nodes(store, plan, clock)
+        with store.read() as connection:
             cohort = cohort_of(connection, plan)
         await_cohort(grid, cohort, plan, clock)
+        kept = ClaimedLedgerStore(SqlLedgerStore(store, now), claim)
         result = pipeline.run(
             pipeline.Job(grid, plan, cohort, tasks(plan.task), run, now(), clock=clock),
             session=hub_session(plan.privacy.mode, cohort.roster),
-            ledger=Ledger(
-                SqlLedgerStore(store, now),
-                plan.model,
-                plan.privacy.budget_epsilon,
-                plan.privacy.delta,
-            ),
-            examples=_account_of_examples(store, plan, now),
+            ledger=Ledger(kept, plan.model, plan.privacy.budget_epsilon, plan.privacy.delta),
+            examples=_account_of_examples(kept, plan),
             recorder=SqlRecorder(store, run, now),
             out=settings.candidates / run,
-            checkpoints=Checkpoints(settings.data / "runs" / run),
+            checkpoints=Checkpoints(settings.runs / run),
         )
+    except (LinkError, Unavailable, Superseded):
+        raise
     except (FederationError, PrivacyError, FleetError, HubError, OSError) as error:
-        _settle(store, run, "failed", str(error), now())
-    except BaseException as error:
-        _settle(store, run, "failed", f"{type(error).__name__}: {error}", now())
+        _settle(store, run, claim, "failed", str(error), now())
+    except Exception as error:
+        _settle(store, run, claim, "failed", f"{type(error).__name__}: {error}", now())
         raise
     else:
         if result.manifest is None:
-            _settle(store, run, "rejected", f"gates failed: {result.refused}", now())
+            _settle(store, run, claim, "rejected", f"gates failed: {result.refused}", now())
         else:
-            _settle(store, run, "gated", "", now())
+            _settle(store, run, claim, "gated", "", now())
 
 
-def _account_of_examples(store: Store, plan: Plan, now: Callable[[], float]) -> Ledger | None:
+def _account_of_examples(kept: LedgerStore, plan: Plan) -> Ledger | None:
     """Return the account of single examples, for a plan that protects them."""
     asked = plan.privacy.examples
     if asked is None:
         return None
-    kept = SqlLedgerStore(store, now)
     return Ledger(kept, plan.model, asked.budget_epsilon, asked.delta, unit="example")
 
 
@@ -137,6 +165,23 @@ def cohort_of(connection: Connection, plan: Plan) -> Cohort:
     )
 
 
+def await_nodes(store: Store, plan: Plan, clock: Clock) -> None:
+    """Wait until every enrolled device is known to the SuperLink, at most for the round's timeout.
+
+    One that came back knows none until the hub has told it; a cohort taken meanwhile would be
+    another than that which the run began with.
+    """
+    unknown = select(devices.c.id).where(
+        devices.c.revoked_at.is_(None), devices.c.node_id.is_(None)
+    )
+    deadline = clock.now() + plan.cohort.round_timeout
+    while clock.now() < deadline:
+        with store.read() as connection:
+            if connection.execute(unknown).first() is None:
+                return
+        clock.pause(_LOOK_SECONDS)
+
+
 def await_cohort(grid: Grid, cohort: Cohort, plan: Plan, clock: Clock) -> None:
     """Wait until every device of the cohort is connected, at most for the round's timeout.
 
@@ -154,14 +199,17 @@ def _plan(connection: Connection, run: str) -> Plan:
 
 
 def _settle(
-    store: Store, run: str, state: Literal["gated", "rejected", "failed"], reason: str, now: float
+    store: Store,
+    run: str,
+    claim: Claim,
+    state: Literal["gated", "rejected", "failed"],
+    reason: str,
+    now: float,
 ) -> None:
-    """Write how a run ended, unless it was cancelled meanwhile."""
+    """Write how a run ended, unless it was cancelled or taken up by another process meanwhile."""
     with store.begin() as connection:
         changed = connection.execute(
-            update(runs)
-            .where(runs.c.id == run, runs.c.state == "running")
-            .values(state=state, reason=reason, ended_at=now)
+            update(runs).where(claim.mine).values(state=state, reason=reason, ended_at=now)
         )
         if changed.rowcount:
             audit.record(connection, ACTOR, f"run.{state}", run, now, reason=reason)

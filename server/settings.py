@@ -96,6 +96,11 @@ class Settings:
         return self.data / "candidates"
 
     @property
+    def runs(self) -> Path:
+        """What runs go on from, one directory per run."""
+        return self.data / "runs"
+
+    @property
     def online_keys(self) -> Path:
         """TUF keys that the hub signs with."""
         return self.data / "online-keys"

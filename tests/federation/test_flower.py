@@ -118,7 +118,7 @@ def test_an_unregistered_node_is_refused_from_then_on(hub: Hub, tmp_path: Path) 
         assert ended.wait(2 * SLOWEST_POLL + 5)
     finally:
         stop.set()
-    assert "refuses this device" in refusals[0]
+    assert "enrol it again" in refusals[0]
 
 
 def test_a_certificate_of_another_authority_is_refused(hub: Hub, tmp_path: Path) -> None:

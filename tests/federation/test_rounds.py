@@ -1,6 +1,7 @@
 """Rounds over the in-process engine with the real sums."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -8,18 +9,23 @@ import numpy as np
 import pytest
 import torch
 from blobs import Blobs
-from cohorts import fleet, plan_of
+from cohorts import Fleet, fleet, plan_of
 
-from atoll.federation import parameters
+from atoll.federation import client_app, parameters
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.engine import Vanished
 from atoll.federation.errors import BadCheckpoint, RoundFailed
 from atoll.federation.evaluation import ask, evaluate
-from atoll.federation.plan import ExamplePrivacy
+from atoll.federation.plan import ExamplePrivacy, Plan
 from atoll.federation.rounds import PATIENCE, RoundReport
 from atoll.federation.task import Examples, Split
 from atoll.privacy.errors import BadParameters, BudgetExceeded
 from atoll.privacy.ledger import Gaussian, Ledger, MemoryStore
+from atoll.privacy.mode import Mode
+from atoll.privacy.plain import PlainParty
+from atoll.privacy.sums import Integers, PartySum, SumSpec
+
+Charge = Callable[[int], float | None]
 
 
 class Diverged(Blobs):
@@ -244,25 +250,149 @@ def test_the_result_is_the_mean_of_the_last_rounds_weights(tmp_path: Path) -> No
     assert np.allclose(weights(4, averaged=3), np.mean(after, axis=0), rtol=0, atol=1e-6)
 
 
-def test_a_round_that_was_cut_short_is_not_begun_again(tmp_path: Path) -> None:
+class BrokenOff(Blobs):
+    """Ends the hub's process, as it were, in the middle of round 2."""
+
+    calls = 0
+
+    def load(self, data: Path, split: Split) -> Examples:
+        self.calls += 1
+        if self.calls == 2:
+            raise KeyboardInterrupt
+        return super().load(data, split)
+
+
+def broken_off(tmp_path: Path, plan: Plan, charge: Charge, last: str = "device-3") -> Fleet:
+    """Return a fleet of which ``last`` had not answered round 2 when the hub's process ended."""
+    here = fleet(tmp_path / "cut", 3, {last: BrokenOff()})
+    with pytest.raises(KeyboardInterrupt):
+        here.run(plan, charge=charge, checkpoints=Checkpoints(tmp_path / "run"))
+    return here
+
+
+@pytest.mark.parametrize("last", ["device-1", "device-3"])
+def test_a_plain_round_that_broke_off_is_repeated_exactly(tmp_path: Path, last: str) -> None:
+    undisturbed = fleet(tmp_path / "undisturbed", 3).run(plan_of(count=4))
+    charged: list[int] = []
+    here = broken_off(tmp_path, plan_of(count=4), charged.append, last)
+    reports: list[RoundReport] = []
+    done = here.run(
+        plan_of(count=4),
+        charge=charged.append,
+        on_round=reports.append,
+        checkpoints=Checkpoints(tmp_path / "run"),
+    )
+    assert np.array_equal(done.weights, undisturbed.weights)
+    assert charged == [1, 2, 2, 3, 4]  # the same charge once more, which the ledger has already
+    assert [(report.round, len(report.survivors)) for report in reports] == [(2, 3), (3, 3), (4, 3)]
+
+
+def test_a_plain_round_with_noise_that_is_repeated_has_the_same_terms(tmp_path: Path) -> None:
+    terms: list[bytes] = []
+
+    class Kept(PlainParty):
+        def answer(self, spec: SumSpec, phase: str, payload: bytes, term: Integers | None) -> bytes:
+            reply = super().answer(spec, phase, payload, term)
+            if spec.key.round == 2:
+                terms.append(reply)
+            return reply
+
+    def side(name: str, party: PartySum) -> PartySum:
+        return Kept(name) if name == "device-1" else party
+
+    here = fleet(tmp_path / "cut", 3, {"device-3": BrokenOff()}, side)
+    plan, checkpoints = plan_of(count=2, noise=1.0), Checkpoints(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        here.run(plan, checkpoints=checkpoints)
+    assert here.run(plan, checkpoints=checkpoints).rounds == 2
+    assert len(terms) == 2
+    assert terms[0] == terms[1]
+
+
+@pytest.mark.parametrize("mode", ["he", "secagg"])
+def test_a_hidden_round_that_broke_off_is_lost_and_another_takes_its_place(
+    tmp_path: Path, mode: Mode
+) -> None:
+    charged: list[int] = []
+    plan = plan_of(mode, count=3)
+    here = broken_off(tmp_path, plan, charged.append)
+    reports: list[RoundReport] = []
+    checkpoints = Checkpoints(tmp_path / "run")
+    done = here.run(plan, charge=charged.append, on_round=reports.append, checkpoints=checkpoints)
+    assert charged == [1, 2, 3, 4]
+    assert (done.rounds, done.ended) == (3, "complete")
+    assert [(report.round, len(report.survivors)) for report in reports] == [(2, 0), (3, 3), (4, 3)]
+    assert all("cannot be repeated" in why for why in reports[0].dropped.values())
+    kept = checkpoints.load("run")
+    assert kept is not None
+    assert (kept.begun, kept.ended, kept.lost, kept.trained, kept.tailed) == (4, 4, 1, 3, 3)
+
+
+def test_no_round_takes_a_lost_ones_place_over_the_budget(tmp_path: Path) -> None:
+    plan = plan_of("secagg", count=3, noise=0.1)
+
+    def charge(number: int) -> None:
+        if number > 3:
+            raise BudgetExceeded("spent")
+
+    done = broken_off(tmp_path, plan, charge).run(
+        plan, charge=charge, checkpoints=Checkpoints(tmp_path / "run")
+    )
+    assert (done.rounds, done.ended) == (2, "budget")
+
+
+def test_a_plain_round_of_which_devices_know_no_more_is_lost(tmp_path: Path) -> None:
+    charged: list[int] = []
+    here = broken_off(tmp_path, plan_of(count=3), charged.append)
+    for number in (1, 2):  # as after a restart: all that is left is that round 2 was answered
+        answered = client_app.AnsweredHere()
+        answered.note("run", 2)
+        name = f"device-{number}"
+        party = PlainParty(name)
+        app = client_app.build(
+            Blobs(), tmp_path / "cut" / name, lambda _, party=party: party, {}, answered
+        )
+        here.grid.connect(number, app)
+    reports: list[RoundReport] = []
+    done = here.run(
+        plan_of(count=3),
+        charge=charged.append,
+        on_round=reports.append,
+        checkpoints=Checkpoints(tmp_path / "run"),
+    )
+    assert charged == [1, 2, 2, 3, 4]
+    assert done.rounds == 3
+    assert "before this process remembers" in reports[0].dropped["device-1"]
+    assert [len(report.survivors) for report in reports] == [0, 3, 3]
+
+
+def test_a_round_that_was_thrown_away_is_not_taken_for_one_that_broke_off(tmp_path: Path) -> None:
+    here = fleet(tmp_path, 3, {"device-1": Broken(), "device-2": Broken()})
     checkpoints = Checkpoints(tmp_path / "run")
     charged: list[int] = []
 
-    class Interrupted(Blobs):
-        calls = 0
+    def stop(report: RoundReport) -> None:
+        if report.round == 2:
+            raise KeyboardInterrupt
 
-        def load(self, data: Path, split: Split) -> Examples:
-            self.calls += 1
-            if self.calls == 2:
-                raise KeyboardInterrupt
-            return super().load(data, split)
-
-    here = fleet(tmp_path, 3, {"device-3": Interrupted()})
     with pytest.raises(KeyboardInterrupt):
-        here.run(plan_of(count=3), charge=charged.append, checkpoints=checkpoints)
-    done = here.run(plan_of(count=3), charge=charged.append, checkpoints=checkpoints)
-    assert charged == [1, 2, 3]  # round 2 was charged once and answered at most once
-    assert done.rounds == 2
+        here.run(plan_of(), charge=charged.append, on_round=stop, checkpoints=checkpoints)
+    kept = checkpoints.load("run")
+    assert kept is not None
+    assert (kept.begun, kept.ended, kept.lost) == (2, 2, 0)
+    here.run(plan_of(count=3), charge=charged.append, checkpoints=checkpoints)
+    assert charged == [1, 2, 3]
+
+
+def test_a_checkpoint_of_before_rounds_were_repeated_is_read(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    fleet(tmp_path, 3).run(plan_of(count=1), checkpoints=checkpoints)
+    with np.load(tmp_path / "last.npz") as file:
+        old = {name: file[name] for name in file.files if name != "broken_off"}
+    np.savez(tmp_path / "last.npz", **old)
+    kept = checkpoints.load("run")
+    assert kept is not None
+    assert (kept.begun, kept.completed, kept.ended, kept.lost) == (1, 1, 1, 0)
 
 
 def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path: Path) -> None:

@@ -45,11 +45,16 @@ class Clock:
 
 @dataclass
 class Nodes:
-    """A SuperLink that remembers what it was told; ``down`` makes it refuse."""
+    """A SuperLink that remembers what it was told; ``down`` makes it refuse.
+
+    ``started`` hears of each run that it starts; when it is ``lossy``, who asked does not.
+    """
 
     registered: dict[str, bytes] = field(default_factory=dict)
     runs: dict[str, RunStatus] = field(default_factory=dict)
     down: bool = False
+    lossy: bool = False
+    started: Callable[[str], None] = lambda _: None
 
     def register_node(self, public_key_pem: bytes) -> str:
         self._check()
@@ -67,6 +72,9 @@ class Nodes:
         self._check()
         run = str(len(self.runs) + 1)
         self.runs[run] = RunStatus("running", "", f"{app} {dict(config)}")
+        self.started(run)
+        if self.lossy:
+            raise LinkError("the SuperLink cannot be reached")
         return run
 
     def run_status(self, run_id: str) -> RunStatus:

@@ -1,16 +1,24 @@
 """A run from its proposal to its end, with the SuperLink up, down, and lying about."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import insert, select, update
 
+from atoll.federation.conversation import RoundReport
 from atoll.federation.errors import LinkError
+from atoll.federation.exchange import SYSTEM_CLOCK, Clock
 from atoll.federation.flower import RunStatus
-from atoll.server import runs
+from atoll.server import audit, claims, runs
 from atoll.server.auth import Operator
-from atoll.server.errors import BadInput, Conflict, Forbidden
-from atoll.server.runs import Runner
+from atoll.server.claims import ClaimedLedgerStore, Start
+from atoll.server.errors import BadInput, Conflict, Forbidden, Superseded, Unavailable
+from atoll.server.ledger_store import SqlLedgerStore
+from atoll.server.recording import SqlRecorder
+from atoll.server.runs import ATTEMPTS, Runner
 from atoll.server.schema import devices, twins
 from atoll.server.schema import runs as table
 from atoll.server.store import Store
@@ -20,7 +28,7 @@ ANN = Operator("ann", "approver")
 
 
 @pytest.fixture
-def runner(store: Store, nodes: Any, clock: Any) -> Runner:
+def runner(store: Store, nodes: Any, clock: Any, tmp_path: Path) -> Runner:
     with store.begin() as connection:
         for name, revoked in (("w1", None), ("w2", None), ("gone", 1.0)):
             connection.execute(
@@ -36,7 +44,7 @@ def runner(store: Store, nodes: Any, clock: Any) -> Runner:
             )
             wanted = {"version": 0, "model": None, "release": None, "train": False}
             connection.execute(insert(twins).values(device=name, desired=wanted))
-    return Runner(store, nodes, clock)
+    return Runner(store, nodes, clock, tmp_path / "runs")
 
 
 def propose(store: Store, *, approved: bool = True) -> str:
@@ -50,6 +58,10 @@ def propose(store: Store, *, approved: bool = True) -> str:
 def row(store: Store, run: str) -> Any:
     with store.read() as connection:
         return connection.execute(select(table).where(table.c.id == run)).one()
+
+
+def report(number: int, survivors: tuple[str, ...]) -> RoundReport:
+    return RoundReport(number, 1.0, survivors, {}, None, None, 0, 0, 1.0)
 
 
 def training(store: Store) -> set[str]:
@@ -72,7 +84,7 @@ def test_an_approved_run_opens_training_starts_and_closes_it(
     run = propose(store)
     assert runner.tick()
     assert (row(store, run).state, row(store, run).flower_run) == ("running", "1")
-    assert nodes.runs["1"].detail == f"{runs.SERVER_APP} {{'run': '{run}'}}"
+    assert nodes.runs["1"].detail == f"{runs.SERVER_APP} {{'run': '{run}', 'attempt': 1}}"
     assert training(store) == {"w1", "w2"}
     assert not runner.tick()
     with store.begin() as connection:  # as the run's own process does
@@ -83,24 +95,191 @@ def test_an_approved_run_opens_training_starts_and_closes_it(
     assert training(store) == set()
 
 
-@pytest.mark.parametrize(
-    ("outcome", "state", "reason"),
-    [
-        ("failed", "failed", "boom"),
-        ("completed", "failed", "without a result"),
-        ("stopped", "cancelled", "stopped"),
-    ],
-)
-def test_a_run_that_ends_without_saying_how_is_settled(
-    store: Store, runner: Runner, nodes: Any, outcome: str, state: str, reason: str
+@pytest.mark.parametrize("outcome", ["failed", "completed"])
+def test_a_run_whose_process_ended_without_saying_how_is_taken_up_again(
+    store: Store, runner: Runner, nodes: Any, clock: Any, outcome: str
 ) -> None:
     run = propose(store)
     runner.tick()
-    nodes.runs["1"] = RunStatus("finished", outcome, "boom" if outcome == "failed" else "")
+    begun = row(store, run).started_at
+    clock.now += 100
+    nodes.runs["1"] = RunStatus("finished", outcome, "boom")
+    assert runner.tick()
+    after = row(store, run)
+    assert (after.state, after.stalled, after.ended_at) == ("approved", 1, None)
+    assert "boom" in after.reason
+    assert training(store) == {"w1", "w2"}
     runner.tick()
-    assert row(store, run).state == state
-    assert reason in row(store, run).reason
+    again = row(store, run)
+    assert (again.state, again.flower_run, again.attempt) == ("running", "2", 2)
+    assert (again.reason, again.started_at) == (
+        "taken up again from its checkpoint, attempt 2 of 5",
+        begun,
+    )
+    assert nodes.runs["2"].detail.endswith(f"{{'run': '{run}', 'attempt': 2}}")
+    with store.read() as connection:
+        last = list(audit.entries(connection))[-1]
+    assert (last["actor"], last["action"], last["subject"]) == ("hub", "run.resume", run)
+
+
+def test_a_run_that_somebody_stopped_at_the_superlink_stays_stopped(
+    store: Store, runner: Runner, nodes: Any
+) -> None:
+    run = propose(store)
+    runner.tick()
+    nodes.runs["1"] = RunStatus("finished", "stopped", "")
+    runner.tick()
+    assert row(store, run).state == "cancelled"
     assert row(store, run).ended_at is not None
+
+
+def test_a_run_that_completes_no_round_fails_after_the_last_attempt(
+    store: Store, runner: Runner, nodes: Any
+) -> None:
+    run = propose(store)
+    for _ in range(2 * ATTEMPTS + 2):
+        runner.tick()
+        flower = row(store, run).flower_run
+        nodes.runs[flower] = RunStatus("finished", "failed", "boom")
+    assert len(nodes.runs) == ATTEMPTS
+    assert row(store, run).state == "failed"
+    assert "executor.log" in row(store, run).reason
+    assert training(store) == set()
+
+
+def test_a_run_that_makes_progress_may_be_taken_up_without_end(
+    store: Store, runner: Runner, nodes: Any, clock: Any
+) -> None:
+    run = propose(store)
+    for number in range(1, 3 * ATTEMPTS):
+        runner.tick()
+        SqlRecorder(store, run, clock).round(report(number, ("w1", "w2")))
+        nodes.runs[row(store, run).flower_run] = RunStatus("finished", "failed", "")
+        runner.tick()
+        assert row(store, run).state == "approved"
+    assert len(nodes.runs) == 3 * ATTEMPTS - 1
+
+
+def test_a_round_that_was_thrown_away_is_no_progress(
+    store: Store, runner: Runner, clock: Any
+) -> None:
+    run = propose(store)
+    runner.tick()
+    with store.begin() as connection:
+        connection.execute(update(table).values(stalled=2))
+    SqlRecorder(store, run, clock).round(report(1, ()))
+    assert row(store, run).stalled == 2
+
+
+def test_a_killed_process_is_seen_before_flower_sees_it(
+    store: Store, runner: Runner, nodes: Any, tmp_path: Path
+) -> None:
+    run = propose(store)
+    runner.tick()
+    lock = tmp_path / "runs" / run / claims.NAME
+    program = (
+        "import fcntl, sys\n"
+        "held = open(sys.argv[1], 'w')\n"
+        "fcntl.flock(held, fcntl.LOCK_EX)\n"
+        "held.write('1'); held.flush(); print('held', flush=True); sys.stdin.read()\n"
+    )
+    lock.parent.mkdir(parents=True)
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert not runner.tick()
+        process.kill()
+    assert runner.tick()
+    assert row(store, run).state == "approved"
+    assert nodes.runs["1"].outcome == "stopped"
+    runner.tick()
+    assert row(store, run).flower_run == "2"
+    assert not runner.tick()  # the second process has not come, so nothing is known of it here
+
+
+def test_a_process_that_settled_its_run_and_ended_is_not_taken_up(
+    store: Store, runner: Runner, tmp_path: Path
+) -> None:
+    run = propose(store)
+    runner.tick()
+    folder = tmp_path / "runs" / run
+    with claims.claimed(store, folder, Start(run, 1, "1"), SYSTEM_CLOCK) as claim:
+        with store.begin() as connection:
+            connection.execute(update(table).where(claim.mine).values(state="gated"))
+        assert not claims.ended(folder, 1)
+    assert not claims.ended(folder, 2)
+    assert claims.ended(folder, 1)
+    runner.tick()
+    assert row(store, run).state == "gated"
+
+
+def test_a_run_is_one_processs_at_a_time_and_the_last_ones(
+    store: Store, runner: Runner, nodes: Any, tmp_path: Path
+) -> None:
+    run, folder = propose(store), tmp_path / "folder"
+    runner.tick()
+    hasty = Clock(now=iter(range(0, 9999, 50)).__next__, pause=lambda _: None)
+    with claims.claimed(store, folder, Start(run, 1, "1"), SYSTEM_CLOCK) as first:
+        first.check()
+        for other in (Start(run, 1, "7"), Start(run, 2, "2"), Start("none", 1, "1")):
+            with pytest.raises(Superseded), claims.claimed(store, folder, other, hasty):
+                pass
+        nodes.runs["1"] = RunStatus("finished", "failed", "")  # says Flower; but it lives
+        runner.tick()
+        runner.tick()
+        with pytest.raises(Superseded):
+            first.check()
+        kept = ClaimedLedgerStore(SqlLedgerStore(store, lambda: 1.0), first)
+        with pytest.raises(Superseded):
+            kept.append_if_absent("m", "r/1", {"kind": "unnoised"}, lambda _: None)
+        assert kept.events("m") == []
+        with pytest.raises(Unavailable), claims.claimed(store, folder, Start(run, 2, "2"), hasty):
+            pass
+    with claims.claimed(store, folder, Start(run, 2, "2"), SYSTEM_CLOCK) as second:
+        second.check()
+        with store.begin() as connection:
+            runs.cancel(connection, run, actor="bob", now=3.0)
+        with pytest.raises(Superseded):
+            second.check()
+
+
+def test_a_start_that_took_effect_though_it_seemed_to_fail_is_not_doubled(
+    store: Store, runner: Runner, nodes: Any, tmp_path: Path
+) -> None:
+    run = propose(store)
+    nodes.lossy = True
+    with pytest.raises(LinkError):
+        runner.tick()
+    assert row(store, run).state == "approved"
+    nodes.lossy = False
+    runner.tick()
+    assert row(store, run).flower_run == "2"
+    with (
+        pytest.raises(Superseded),
+        claims.claimed(store, tmp_path, Start(run, 1, "1"), SYSTEM_CLOCK),
+    ):
+        pass
+    with claims.claimed(store, tmp_path, Start(run, 2, "2"), SYSTEM_CLOCK):
+        pass
+
+
+def test_a_process_that_came_before_its_start_was_known_keeps_the_run(
+    store: Store, runner: Runner, nodes: Any, tmp_path: Path
+) -> None:
+    run = propose(store)
+
+    def arrives(flower: str) -> None:
+        with claims.claimed(store, tmp_path, Start(run, 1, flower), SYSTEM_CLOCK):
+            pass
+
+    nodes.lossy, nodes.started = True, arrives
+    with pytest.raises(LinkError):
+        runner.tick()
+    assert (row(store, run).state, row(store, run).flower_run) == ("running", "1")
+    runner.tick()
+    assert len(nodes.runs) == 1
 
 
 def test_runs_go_one_after_another_in_the_order_they_came(
@@ -113,8 +292,15 @@ def test_runs_go_one_after_another_in_the_order_they_came(
     assert states == {"running", "approved"}
     nodes.runs["1"] = RunStatus("finished", "failed", "")
     runner.tick()
+    runner.tick()  # the one that has begun goes on before the other begins
+    assert sorted((row(store, run).state, row(store, run).attempt) for run in (first, second)) == [
+        ("approved", 0),
+        ("running", 2),
+    ]
+    with store.begin() as connection:
+        connection.execute(update(table).where(table.c.attempt > 0).values(state="gated"))
     runner.tick()
-    assert {row(store, run).state for run in (first, second)} == {"failed", "running"}
+    assert {row(store, run).state for run in (first, second)} == {"gated", "running"}
     assert training(store) == {"w1", "w2"}
 
 
@@ -130,15 +316,23 @@ def test_a_run_waits_for_a_superlink_that_is_down(store: Store, runner: Runner, 
     assert (row(store, run).state, row(store, run).reason) == ("running", "")
 
 
-def test_a_run_that_was_being_started_when_the_hub_died_is_settled(
-    store: Store, runner: Runner
+def test_a_run_that_was_being_started_when_the_hub_died_is_started_anew(
+    store: Store, runner: Runner, tmp_path: Path
 ) -> None:
     run = propose(store)
     with store.begin() as connection:
-        connection.execute(update(table).values(state="running"))
+        connection.execute(update(table).values(state="running", attempt=1))
     runner.recover()
-    assert row(store, run).state == "failed"
-    assert "propose it again" in row(store, run).reason
+    assert row(store, run).state == "approved"
+    runner.tick()
+    assert (row(store, run).state, row(store, run).attempt) == ("running", 2)
+    with (
+        pytest.raises(Superseded),
+        claims.claimed(store, tmp_path, Start(run, 1, "elsewhere"), SYSTEM_CLOCK),
+    ):
+        pass
+    runner.recover()
+    assert row(store, run).state == "running"
 
 
 def test_a_device_that_comes_during_a_run_is_opened_too(

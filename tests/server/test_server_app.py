@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -10,10 +11,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from sqlalchemy import insert, select, update
 from waves import PLAN, Fleet, Waves, plan_of
 
-from atoll.federation.engine import InProcessGrid  # after the path
-from atoll.federation.errors import RoundFailed
+from atoll.federation.bundled_grid import BundledGrid  # after the path
+from atoll.federation.engine import InProcessGrid
+from atoll.federation.errors import LinkError, RoundFailed
+from atoll.federation.exchange import Clock
 from atoll.fleet import bundle as bundles
-from atoll.server import audit, schema, server_app
+from atoll.server import audit, claims, schema, server_app
+from atoll.server.claims import Start
 from atoll.server.settings import Settings
 from atoll.server.store import Store
 
@@ -62,7 +66,7 @@ class Hub:
             self.fleet.grid,
             self.store,
             self.settings,
-            run,
+            Start(run, 0, "1"),
             tasks=lambda _: Waves(),
             now=lambda: NOW,
             clock=self.fleet.grid.clock,
@@ -161,13 +165,75 @@ def test_what_nobody_foresaw_fails_the_run_and_is_raised(hub):
             hub.fleet.grid,
             hub.store,
             hub.settings,
-            "r2",
+            Start("r2", 0, "1"),
             tasks=broken,
             now=lambda: NOW,
             clock=hub.fleet.grid.clock,
         )
     assert hub.row("r2")["state"] == "failed"
     assert "no such thing" in hub.row("r2")["reason"]
+
+
+class Lost(InProcessGrid):
+    """A grid of a SuperLink that is gone."""
+
+    def get_node_ids(self):
+        raise httpx.ConnectError("nobody there")
+
+
+def test_a_run_that_flower_no_longer_carries_is_left_to_be_taken_up_again(hub):
+    apart, hub.fleet.grid = hub.fleet.grid, BundledGrid(Lost({}))
+    hub.fleet.grid.clock = apart.clock
+    with pytest.raises(LinkError, match="no longer carries"):
+        hub.run(_plan())
+    assert (hub.row()["state"], hub.row()["ended_at"]) == ("running", None)
+    assert claims.ended(hub.settings.runs / "r1", 0)
+
+
+@pytest.mark.parametrize("told", [SystemExit, KeyboardInterrupt])
+def test_a_run_whose_process_is_told_to_end_is_left_to_be_taken_up_again(hub, told):
+    def ends(_nodes):
+        raise told
+
+    hub.fleet.grid.push_messages = ends
+    with pytest.raises(told):
+        hub.run(_plan())
+    assert hub.row()["state"] == "running"
+
+
+def test_a_run_that_was_started_anew_is_left_alone_at_the_next_round(hub):
+    push = hub.fleet.grid.push_messages
+
+    def superseded(sent):
+        with hub.store.begin() as connection:
+            connection.execute(update(schema.runs).values(attempt=1, flower_run=None))
+        return push(sent)
+
+    hub.fleet.grid.push_messages = superseded
+    row = hub.run(_plan())
+    assert (row["state"], row["reason"], row["ended_at"]) == ("running", "", None)
+    with hub.store.read() as connection:
+        assert connection.execute(select(schema.ledger.c.charge)).scalars().all() == ["r1/1"]
+
+
+def test_devices_that_the_superlink_is_yet_to_be_told_of_are_waited_for(hub):
+    known = hub.fleet.cohort.members["device-1"].node_id
+    table = schema.devices
+    with hub.store.begin() as connection:
+        connection.execute(update(table).where(table.c.id == "device-1").values(node_id=None))
+    clock = hub.fleet.grid.clock
+
+    def told(seconds):
+        clock.pause(seconds)
+        with hub.store.begin() as connection:
+            connection.execute(
+                update(table).where(table.c.id == "device-1").values(node_id=str(known))
+            )
+
+    server_app.await_nodes(hub.store, plan_of(), Clock(clock.now, told))
+    with hub.store.read() as connection:
+        assert "device-1" in server_app.cohort_of(connection, plan_of()).trainers
+    assert clock.now() < 1.0
 
 
 def test_a_cancelled_run_stays_cancelled(hub):

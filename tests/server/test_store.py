@@ -11,7 +11,7 @@ from sqlalchemy import insert, inspect, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from atoll.server.errors import StoreUnusable
-from atoll.server.schema import devices, metadata, operators, windows
+from atoll.server.schema import devices, metadata, operators, runs, windows
 from atoll.server.store import Store, migration_config, sqlite_url
 
 Together = Callable[[int, Callable[[int], object]], None]
@@ -59,6 +59,23 @@ def test_windows_from_before_there_was_noise_have_none(tmp_path: Path) -> None:
     assert differences(store) == []
     with store.read() as connection:
         assert connection.execute(select(windows.c.noise, windows.c.rows)).all() == [(0.0, 5)]
+    store.close()
+
+
+def test_runs_from_before_they_were_counted_were_never_taken_up(tmp_path: Path) -> None:
+    store = Store(sqlite_url(tmp_path / "hub.db"))
+    with store.begin() as connection:
+        command.upgrade(migration_config(connection), "0002")
+        connection.execute(
+            text(
+                "INSERT INTO runs (id, plan, name, model, state, reason, created_at, created_by,"
+                " stage, metrics) VALUES ('r', '', 'n', 'm', 'running', '', 1, 'me', '', '{}')"
+            )
+        )
+    store.migrate()
+    assert differences(store) == []
+    with store.read() as connection:
+        assert connection.execute(select(runs.c.attempt, runs.c.stalled)).all() == [(0, 0)]
     store.close()
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from atoll.edge_agent.queries import Rows, handlers
 from atoll.federation import client_app
 from atoll.federation import plan as plans
+from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.cohort import Cohort, Member
 from atoll.federation.engine import InProcessGrid
 from atoll.federation.errors import DataMissing
@@ -128,9 +129,11 @@ class Fleet:
         recorder: MemoryRecorder | None = None,
         store: MemoryStore | None = None,
         examples: Ledger | None = None,
+        run: str = "run1",
+        checkpoints: Checkpoints | None = None,
     ) -> pipeline.Result:
         job = pipeline.Job(
-            self.grid, plan, self.cohort, Waves(), "run1", 1000.0, clock=self.grid.clock
+            self.grid, plan, self.cohort, Waves(), run, 1000.0, clock=self.grid.clock
         )
         return pipeline.run(
             job,
@@ -143,5 +146,6 @@ class Fleet:
             ),
             recorder=recorder or MemoryRecorder(),
             out=self.root / "candidate",
+            checkpoints=checkpoints,
             examples=examples,
         )
