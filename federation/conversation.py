@@ -158,7 +158,7 @@ class Conversation:
         losses = [self._losses[name] for name in self._survivors if name in self._losses]
         present = set(self._present)
         dropped = {
-            name: self._dropped.get(name, self.why or "its term did not get into the sum")
+            name: self._dropped.get(name, self.why or self._late)
             if name in present
             else "not connected"
             for name in self._drawn
@@ -176,9 +176,19 @@ class Conversation:
             clip_norm=self._spec.clip_norm,
         )
 
+    @property
+    def _late(self) -> str:
+        """Say why a device that did not fail is not in the sum."""
+        enough = self._setting.plan.cohort.enough
+        if enough is not None and len(self._survivors) >= enough:
+            return f"{enough} others were faster, and they were enough"
+        return "its term did not get into the sum"
+
     def _phase(self, hub: HubSum, ask: Ask, sums: SumSpec) -> None:
         """Send one phase to its parties and fold in each reply as it comes."""
         setting, contribution = self._setting, ask.phase == CONTRIBUTE
+        enough = setting.plan.cohort.enough if contribution else None
+        taken = 0
         work = [self._work()] if contribution else []
         contents = {
             name: messages.pack(self._sum_ask(sums, ask.phase, name, payload), *work)
@@ -204,8 +214,11 @@ class Conversation:
                     loss = messages.unpack(content, messages.TrainReply).loss
                     if math.isfinite(loss):
                         self._losses[name] = loss
+                taken += 1
             except (Refused, BadMessage) as error:
                 self._dropped[name] = str(error)
+            if taken == enough:
+                break
 
     def _sum_ask(self, sums: SumSpec, phase: str, name: str, payload: bytes) -> messages.SumAsk:
         return messages.SumAsk(
@@ -246,4 +259,5 @@ class Conversation:
             example_sampling_rate=examples.sampling_rate if examples else 0.0,
             proximal=plan.training.proximal,
             most_steps=riders.most_steps,
+            seconds=plan.training.deadline or 0.0,
         )

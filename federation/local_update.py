@@ -7,6 +7,8 @@ numbers that ride behind it (:mod:`atoll.federation.riders`). Simulations take
 :func:`encoded` from here, so that there is one such path.
 """
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -26,11 +28,18 @@ from atoll.privacy.sums import Integers
 
 
 def make(
-    task: Task, data: Path, work: messages.TrainAsk, ask: messages.SumAsk, kept: Kept
+    task: Task,
+    data: Path,
+    work: messages.TrainAsk,
+    ask: messages.SumAsk,
+    kept: Kept,
+    *,
+    now: Callable[[], float] = time.monotonic,
 ) -> tuple[Integers, float]:
     """Return a device's term, int64 ``(length,)``, and its mean loss over the last local epoch.
 
-    ``kept`` is what the device keeps from round to round; nothing asks for it yet. Raises
+    ``kept`` is what the device keeps from round to round; nothing asks for it yet. ``now`` gives
+    seconds, for a round that ends local training after so many. Raises
     :class:`atoll.federation.errors.DataMissing`, :class:`BadMessage` and
     :class:`atoll.privacy.errors.BadUpdate`.
     """
@@ -45,14 +54,14 @@ def make(
         protected, secret = _example_privacy(work), Keystream.fresh()
         done = example_privacy.train(model, before, examples, how, protected, secret)
     else:
-        done = training.train(model, before, examples, how, seed)
+        ended = _ended(work.seconds, now)
+        done = training.train(model, before, examples, how, seed, ended=ended)
     rows = len(examples.y)
-    taken = work.example_steps or training.local_steps(rows, how)
     # Without noise there is nothing to keep secret in the rounding, and a seed makes the run
     # repeatable. With noise, rounding draws from the system's entropy like the noise itself.
     rng = Keystream.fresh() if work.noise_multiplier else Keystream.replayable(seed)
     riders = riders_of(work)
-    term = encoded(done.weights - before, rows, taken, how, riders, spec_of(work, ask), rng)
+    term = encoded(done.weights - before, rows, done.steps, how, riders, spec_of(work, ask), rng)
     return term, done.loss
 
 
@@ -105,6 +114,14 @@ def spec_of(work: messages.TrainAsk, ask: messages.SumAsk) -> update.UpdateSpec:
         riders=riders_of(work).count,
         rider_noise_multiplier=work.rider_noise_multiplier,
     )
+
+
+def _ended(seconds: float, now: Callable[[], float]) -> Callable[[], bool]:
+    """Return what says whether ``seconds`` have gone by from here; 0 never do."""
+    if not seconds:
+        return lambda: False
+    deadline = now() + seconds
+    return lambda: now() >= deadline
 
 
 def _example_privacy(work: messages.TrainAsk) -> ExamplePrivacy:

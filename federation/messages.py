@@ -60,7 +60,8 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     steps (:func:`atoll.federation.strategies.effective_steps`).
     ``counted`` is the last round of the run whose sum this device's term is known to be in, 0 for
     none: up to it, what the device carries from round to round stands
-    (:mod:`atoll.federation.kept`).
+    (:mod:`atoll.federation.kept`). With ``seconds`` above 0, local training ends after so many with
+    what it has come to.
     With ``example_steps`` above 0 it is DP-SGD (:class:`atoll.federation.plan.ExamplePrivacy`).
     """
 
@@ -86,6 +87,7 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     proximal: float = 0.0
     most_steps: float = 0.0
     counted: int = 0
+    seconds: float = 0.0
 
 
 class EvaluateAsk(msgspec.Struct, frozen=True, kw_only=True, tag="evaluate"):

@@ -214,6 +214,10 @@ def check(plan: Plan, size: int, cohort: int | None, length: int) -> None:
                 raise BadPlan(
                     f"{field.name} cannot be simulated; leave it out, or run the plan on devices"
                 )
+    if plan.training.deadline is not None:
+        raise BadPlan(
+            "simulated devices take no time that a deadline could end; leave training.deadline out"
+        )
     if cohort is not None and plan.cohort.sampling_rate is not None:
         raise BadPlan(
             "the plan draws its cohorts by cohort.sampling_rate; leave a fixed size of the "
@@ -365,7 +369,7 @@ def _term(trained: Trained, told: _Told, weights: Vector, spec: UpdateSpec, plan
     return local_update.encoded(
         trained.weights - weights,
         told.rows,
-        training.local_steps(told.rows, how),
+        trained.steps,
         how,
         Riders.of(plan),
         spec,
