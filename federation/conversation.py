@@ -73,7 +73,10 @@ class Setting:
 
 
 class Conversation:
-    """One round's conversation with those of the ``drawn`` trainers who are ``present``."""
+    """One round's conversation with those of the ``drawn`` trainers who are ``present``.
+
+    ``counted`` is the last round of each device whose sum its term is in; it is told to it.
+    """
 
     def __init__(
         self,
@@ -83,9 +86,11 @@ class Conversation:
         clip_norm: float,
         drawn: Sequence[str],
         present: Sequence[str],
+        counted: Mapping[str, int],
     ) -> None:
         self._setting, self._number = setting, number
         self._weights, self._drawn = weights, drawn
+        self._counted = counted
         connected = set(present)
         self._connected = len(connected)
         self._present = [name for name in drawn if name in connected]
@@ -152,6 +157,11 @@ class Conversation:
             riders.mean(sums, self._spec, devices),
             riders.next_clip_norm(plan, self._spec.clip_norm, sums, devices),
         )
+
+    @property
+    def counted(self) -> dict[str, int]:
+        """The last round of each device whose sum its term is in, this one included."""
+        return {**self._counted, **dict.fromkeys(self._survivors, self._number)}
 
     def report(self, epsilon: float | None) -> RoundReport:
         """Say how the round went."""
@@ -232,6 +242,7 @@ class Conversation:
             bound=sums.bound,
             parties=sums.parties,
             min_survivors=sums.min_survivors,
+            counted=self._counted.get(name, 0),
         )
 
     def _work(self) -> messages.TrainAsk:

@@ -125,11 +125,14 @@ def run_rounds(
         _save(state, checkpoints)
         drawn = cohort.trainers if rate is None else draw(cohort.trainers, rate, entropy)
         clip_norm = state.clip_norm or plan.privacy.clip_norm
-        talk = Conversation(setting, number, state.weights, clip_norm, drawn, present)
+        talk = Conversation(
+            setting, number, state.weights, clip_norm, drawn, present, state.counted
+        )
         learned = talk.learn(session)
         if learned is not None:
             failures = 0
-            state = replace(stepped(state, learned, plan), session=session.dump())
+            state = stepped(state, learned, plan)
+            state = replace(state, session=session.dump(), counted=talk.counted)
         elif number == repeated:
             state = replace(state, lost=state.lost + 1)
         elif len(drawn) >= least:
