@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.serverapp import Grid
 
-from atoll.federation import messages, parameters, release, robust
+from atoll.federation import control, messages, parameters, release, robust
 from atoll.federation.cohort import Cohort
 from atoll.federation.errors import BadMessage
 from atoll.federation.exchange import Clock, converse
@@ -53,11 +53,13 @@ class RoundReport:
 class Learned(NamedTuple):
     """What a round says: the mean update, or what a robust rule makes of them, float64 ``(n,)``.
 
-    ``clip_norm`` is the next clipping norm.
+    ``clip_norm`` is the next clipping norm, ``control`` the hub's next control variate, float32
+    ``(n,)``, empty where there are none.
     """
 
     mean: npt.NDArray[np.float64]
     clip_norm: float
+    control: Vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class Conversation:
     """One round's conversation with those of the ``drawn`` trainers who are ``present``.
 
     ``counted`` is the last round of each device whose sum its term is in; it is told to it.
+    ``shared`` is the hub's control variate, empty while there is none.
     """
 
     def __init__(
@@ -87,10 +90,11 @@ class Conversation:
         drawn: Sequence[str],
         present: Sequence[str],
         counted: Mapping[str, int],
+        shared: Vector,
     ) -> None:
         self._setting, self._number = setting, number
         self._weights, self._drawn = weights, drawn
-        self._counted = counted
+        self._counted, self._shared = counted, shared
         connected = set(present)
         self._connected = len(connected)
         self._present = [name for name in drawn if name in connected]
@@ -114,7 +118,7 @@ class Conversation:
             return None
         sums = SumSpec(
             key=RoundKey(self._setting.run, self._number),
-            length=len(self._weights) + spec.riders,
+            length=release.values(plan, len(self._weights)) + spec.riders,
             bound=spec.bound,
             parties=len(self._present),
             min_survivors=plan.cohort.min_devices,
@@ -147,16 +151,17 @@ class Conversation:
         asked = self._setting.plan.aggregation
         made = robust.combine(total.terms, asked.rule, asked.byzantine, asked.trim)
         # The rules scale with what they are given, so that the terms need not be decoded first.
-        return Learned(made / self._spec.scale, self._spec.clip_norm)
+        return Learned(made / self._spec.scale, self._spec.clip_norm, self._shared)
 
     def _learned(self, sums: update.Sums) -> Learned:
         plan, riders = self._setting.plan, Riders.of(self._setting.plan)
         trainers = len(self._setting.cohort.trainers)
         devices = release.devices(plan, trainers, self._connected, len(self._survivors))
-        return Learned(
-            riders.mean(sums, self._spec, devices),
-            riders.next_clip_norm(plan, self._spec.clip_norm, sums, devices),
+        mean, shared = control.following(
+            plan, riders.mean(sums, self._spec, devices), self._shared, devices / trainers
         )
+        clip_norm = riders.next_clip_norm(plan, self._spec.clip_norm, sums, devices)
+        return Learned(mean, clip_norm, shared)
 
     @property
     def counted(self) -> dict[str, int]:
@@ -271,4 +276,7 @@ class Conversation:
             proximal=plan.training.proximal,
             most_steps=riders.most_steps,
             seconds=plan.training.deadline or 0.0,
+            control=parameters.to_bytes(self._shared),
+            control_scale=control.scale(plan.training),
+            control_retained=control.retained(plan),
         )

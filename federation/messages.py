@@ -64,6 +64,9 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     survivors the :class:`SumAsk` says; what rides is :class:`atoll.federation.riders.Riders`.
     ``proximal`` is μ of FedProx; with ``most_steps`` above 0 the update is divided by its effective
     steps (:func:`atoll.federation.strategies.effective_steps`).
+    With ``control_scale`` above 0 gradients are corrected by control variates, of which
+    ``control`` is the hub's, float32 little-endian, empty while it is zero
+    (:mod:`atoll.federation.control`).
     With ``seconds`` above 0, local training ends after so many with what it has come to.
     With ``example_steps`` above 0 it is DP-SGD (:class:`atoll.federation.plan.ExamplePrivacy`).
     """
@@ -90,6 +93,9 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     proximal: float = 0.0
     most_steps: float = 0.0
     seconds: float = 0.0
+    control: bytes = b""
+    control_scale: float = 0.0
+    control_retained: float = 1.0
 
 
 class EvaluateAsk(msgspec.Struct, frozen=True, kw_only=True, tag="evaluate"):

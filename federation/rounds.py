@@ -94,7 +94,8 @@ def run_rounds(
     setting = Setting(grid, plan, cohort, run, clock, entropy)
     state = _resume(run, session, checkpoints) or Checkpoint.fresh(run, initial)
     spec = release.update_spec(plan, state.clip_norm or plan.privacy.clip_norm)
-    modes.check(plan.privacy.mode, spec, len(initial), len(cohort.trainers))
+    values = release.values(plan, len(initial))
+    modes.check(plan.privacy.mode, spec, values, len(cohort.trainers))
     release.check_population(plan, len(cohort.trainers))
     rate, least = plan.cohort.sampling_rate, plan.cohort.min_devices
     failures, hoped = 0, len(cohort.trainers)
@@ -126,7 +127,14 @@ def run_rounds(
         drawn = cohort.trainers if rate is None else draw(cohort.trainers, rate, entropy)
         clip_norm = state.clip_norm or plan.privacy.clip_norm
         talk = Conversation(
-            setting, number, state.weights, clip_norm, drawn, present, state.counted
+            setting,
+            number,
+            state.weights,
+            clip_norm,
+            drawn,
+            present,
+            state.counted,
+            state.control,
         )
         learned = talk.learn(session)
         if learned is not None:
@@ -168,6 +176,7 @@ def stepped(state: Checkpoint, learned: Learned, plan: Plan) -> Checkpoint:
         tail=tail,
         tailed=tailed,
         clip_norm=learned.clip_norm,
+        control=learned.control,
     )
 
 
