@@ -204,7 +204,7 @@ class Conversation:
         setting, contribution = self._setting, ask.phase == CONTRIBUTE
         enough = setting.plan.cohort.enough if contribution else None
         taken = 0
-        work = [self._work()] if contribution else []
+        work = [self.work] if contribution else []
         contents = {
             name: messages.pack(self._sum_ask(sums, ask.phase, name, payload), *work)
             for name, payload in ask.payloads.items()
@@ -250,7 +250,9 @@ class Conversation:
             counted=self._counted.get(name, 0),
         )
 
-    def _work(self) -> messages.TrainAsk:
+    @property
+    def work(self) -> messages.TrainAsk:
+        """The instruction to train, one for all devices."""
         plan, spec, riders = self._setting.plan, self._spec, Riders.of(self._setting.plan)
         examples = plan.privacy.examples
         return messages.TrainAsk(

@@ -250,6 +250,21 @@ class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return RIDER_NOISE * self.noise_multiplier
 
 
+class Asynchrony(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """FedBuff (Nguyen et al., AISTATS 2022): nobody waits for anybody's round to end.
+
+    Devices train on the weights there are when they are asked, and the hub steps whenever
+    ``buffer`` updates have come in (:mod:`atoll.federation.buffered`). ``rounds`` counts steps.
+    """
+
+    buffer: Positive
+    """K: so many updates make a step."""
+    concurrency: Positive
+    """M: so many devices train at a time."""
+    max_staleness: Annotated[int, Meta(ge=0)] | None = None
+    """An update that is more steps old than this is dropped; none: however old, it counts."""
+
+
 class Aggregation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the hub makes of a round's updates: their mean, or what withstands lying devices.
 
@@ -289,6 +304,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cohort: Cohort = Cohort()
     privacy: Privacy = Privacy()
     aggregation: Aggregation = Aggregation()
+    asynchrony: Asynchrony | None = None
+    """Steps without rounds; none: a round ends before the next one begins."""
 
     def __post_init__(self) -> None:
         """Refuse a round of colluders alone, a step cap without a meaning, an idle rule."""
@@ -315,6 +332,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
         if self.aggregation.rule != "mean":
             _check_rule(self)
+        if self.asynchrony is not None:
+            _check_asynchrony(self, self.asynchrony)
 
 
 def _check_rule(plan: Plan) -> None:
@@ -352,6 +371,36 @@ def _check_rule(plan: Plan) -> None:
         raise ValueError(
             f"trim = {asked.trim:g} of {least} devices is less than the {asked.byzantine} that "
             "may lie: raise trim or cohort.min_devices"
+        )
+
+
+def _check_asynchrony(plan: Plan, asked: Asynchrony) -> None:
+    """Refuse what needs a cohort, or one version of everything that devices are told."""
+    if plan.privacy.mode != "plain":
+        raise ValueError(
+            f'[asynchrony] folds updates in one by one, and mode "{plan.privacy.mode}" opens the '
+            'sum of a cohort that is known before: use privacy.mode = "plain", where devices allow '
+            "it, or leave [asynchrony] out"
+        )
+    if plan.privacy.noise_multiplier and plan.privacy.noise != "central":
+        raise ValueError(
+            "[asynchrony] weighs updates after devices have sent them, their noise too, which "
+            'would then be less than accounted for: use noise = "central", or no noise'
+        )
+    kept_out = {
+        "aggregation.rule": plan.aggregation.rule != "mean",
+        "cohort.enough": plan.cohort.enough is not None,
+        "cohort.sampling_rate": plan.cohort.sampling_rate is not None,
+        'privacy.clip = "adaptive"': plan.privacy.clip != "fixed",
+        "training.control_steps": plan.training.control_steps is not None,
+    }
+    for name, used in kept_out.items():
+        if used:
+            raise ValueError(f"{name} is for rounds: leave it out, or [asynchrony]")
+    if asked.buffer < plan.cohort.min_devices:
+        raise ValueError(
+            f"asynchrony.buffer = {asked.buffer} is below cohort.min_devices = "
+            f"{plan.cohort.min_devices}: raise buffer"
         )
 
 

@@ -106,7 +106,7 @@ def run_rounds(
         # A sampled plan's δ counts on no more rounds than planned, so there none takes its place.
         state = replace(state, ended=state.begun, lost=state.lost + (rate is None))
         _save(state, checkpoints)
-        on_round(_broken_off(state, cohort, spec.clip_norm))
+        on_round(broken_off(state, cohort, spec.clip_norm))
     while number <= plan.rounds + state.lost:
         present = await_trainers(
             grid,
@@ -180,7 +180,7 @@ def stepped(state: Checkpoint, learned: Learned, plan: Plan) -> Checkpoint:
     )
 
 
-def _broken_off(state: Checkpoint, cohort: Cohort, clip_norm: float) -> RoundReport:
+def broken_off(state: Checkpoint, cohort: Cohort, clip_norm: float) -> RoundReport:
     """Return the report of a round that is lost: nothing is known of it but that it began."""
     why = "the hub's process ended in this round, and it cannot be repeated"
     return RoundReport(

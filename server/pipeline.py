@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from flwr.serverapp import Grid
 
-from atoll.federation import evaluation, parameters, release, rounds
+from atoll.federation import buffered, evaluation, parameters, release, rounds
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.cohort import Cohort
 from atoll.federation.conversation import RoundReport
@@ -208,7 +208,8 @@ def _train(
         reports.append(report)
         recorder.round(report)
 
-    outcome = rounds.run_rounds(
+    run_plan = buffered.run_buffered if plan.asynchrony else rounds.run_rounds
+    outcome = run_plan(
         job.grid,
         plan,
         job.cohort,
