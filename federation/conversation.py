@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from atoll.federation import messages, parameters, release, robust
 from atoll.federation.cohort import Cohort
 from atoll.federation.errors import BadMessage
-from atoll.federation.exchange import Clock, exchange
+from atoll.federation.exchange import Clock, converse
 from atoll.federation.parameters import Vector
 from atoll.federation.plan import Plan
 from atoll.federation.riders import Riders
@@ -177,25 +177,27 @@ class Conversation:
         )
 
     def _phase(self, hub: HubSum, ask: Ask, sums: SumSpec) -> None:
-        """Send one phase to its parties and fold in what comes back in time."""
+        """Send one phase to its parties and fold in each reply as it comes."""
         setting, contribution = self._setting, ask.phase == CONTRIBUTE
         work = [self._work()] if contribution else []
-        replies = exchange(
+        contents = {
+            name: messages.pack(self._sum_ask(sums, ask.phase, name, payload), *work)
+            for name, payload in ask.payloads.items()
+        }
+        self._down += sum(messages.size(content) for content in contents.values())
+        for name, content, failure in converse(
             setting.grid,
             setting.cohort.nodes,
             messages.TRAIN if contribution else messages.SUM,
-            {
-                name: messages.pack(self._sum_ask(sums, ask.phase, name, payload), *work)
-                for name, payload in ask.payloads.items()
-            },
+            contents,
             setting.plan.cohort.round_timeout,
             group=str(self._number),
             clock=setting.clock,
-        )
-        self._down += replies.bytes_down
-        self._up += replies.bytes_up
-        self._dropped.update(replies.failed)
-        for name, content in replies.content.items():
+        ):
+            if content is None:
+                self._dropped[name] = failure
+                continue
+            self._up += messages.size(content)
             try:
                 hub.receive(name, messages.unpack(content, messages.SumReply).payload)
                 if contribution:
