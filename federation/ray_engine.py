@@ -22,6 +22,7 @@ in every phase to come. Nothing is sent home by Flower or Ray, and no dashboard 
 
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,6 +52,8 @@ MakeApp = Callable[[], ClientApp]
 OBJECT_STORE: Final = 200 * 1024 * 1024
 """Bytes of shared memory for messages on their way; Ray writes to disk what is more."""
 _RUN: Final = 1
+_START: Final = 120.0
+"""Seconds for all actors to be up."""
 _AHEAD: Final = 2
 """Messages under way for each actor: one in work and one that waits."""
 _QUIET: Final = {
@@ -191,34 +194,48 @@ def _hosts(makers: Mapping[int, MakeApp]) -> dict[int, Any]:
     shares = [dict(list(makers.items())[first::cores]) for first in range(cores)]
     remote = ray.remote(_Host).options(num_cpus=1, scheduling_strategy="SPREAD")
     hosts: Sequence[Any] = [remote.remote(share) for share in shares if share]
-    ray.get([host.ready.remote() for host in hosts])
+    try:
+        ray.get([host.ready.remote() for host in hosts], timeout=_START)
+    except ray.exceptions.RayError as error:
+        raise LinkError(f"the processes on Ray did not start: {error}") from error
     return {node: host for host, share in zip(hosts, shares, strict=False) for node in share}
 
 
 @contextmanager
 def _ray(address: str | None) -> Iterator[None]:
-    """Connect to Ray for a block, or have one of our own."""
-    before = dict(os.environ)
-    os.environ.update(_QUIET)  # Ray's processes are started with it
-    own = {"num_cpus": os.cpu_count(), "object_store_memory": OBJECT_STORE}
-    try:
-        ray.init(
-            address=address or "local",
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **({} if address else own),
-        )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = f"at {address}" if address else "on this machine"
-        raise LinkError(f"Ray {where} cannot be used: {error}") from error
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    """Connect to Ray for a block, or have one of our own, whose files go with it."""
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        own = {
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE,
+            "_temp_dir": folder,
+        }
+        try:
+            with _environment(_QUIET):  # Ray's processes are started with it
+                ray.init(address=address or "local", **quiet, **({} if address else own))
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            where = f"at {address}" if address else "on this machine"
+            raise LinkError(f"Ray {where} cannot be used: {error}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Have environment variables for a block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        ray.shutdown()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
