@@ -13,8 +13,7 @@ from atoll.server import runs
 from atoll.server.accounts import accounts
 from atoll.server.answers import inside
 from atoll.server.api_access import Approver, Hub, Operating, Viewer
-from atoll.server.errors import NotFound, Unavailable
-from atoll.server.schema import rounds
+from atoll.server.errors import Unavailable
 from atoll.server.schema import runs as runs_table
 
 router: Final = APIRouter()
@@ -52,15 +51,7 @@ def list_runs(hub: Hub, _who: Viewer) -> list[dict[str, Any]]:
 def show_run(run: str, hub: Hub, _who: Viewer) -> dict[str, Any]:
     """Show a run with its plan and its rounds so far."""
     with hub.store.read() as connection:
-        row = (
-            connection.execute(select(runs_table).where(runs_table.c.id == run)).mappings().first()
-        )
-        if row is None:
-            raise NotFound(f"there is no run {run!r}", "see the list of runs")
-        done = connection.execute(
-            select(rounds).where(rounds.c.run == run).order_by(rounds.c.round)
-        )
-        return dict(row) | {"rounds": [dict(one) for one in done.mappings()]}
+        return runs.show(connection, run)
 
 
 @router.post("/runs/{run}/approve", tags=["runs"])

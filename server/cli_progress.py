@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 from atoll.federation import plan as plans
 from atoll.federation.errors import BadPlan
 from atoll.server.client import NoHub
-from atoll.server.tables import note, span
+from atoll.server.tables import note, put_table, span
 
 ENDED: Final = ("gated", "published", "rejected", "failed", "cancelled")
 POLL_SECONDS: Final = 1.0
@@ -92,6 +92,25 @@ def outcome(run: Run) -> dict[str, object]:
                     if isinstance(number, int | float):
                         facts[" ".join(filter(None, (name, inner, last)))] = f"{number:.4g}"
     return facts
+
+
+def put_rounds(run: Run) -> None:
+    """Print a run's rounds."""
+    put_table(
+        ["Round", "Seconds", "Answered", "Dropped", "Loss", "ε"],
+        [
+            [
+                done["round"],
+                f"{done['seconds']:.1f}",
+                len(done["survivors"]),
+                len(done["dropped"]),
+                "–" if done["loss"] is None else f"{done['loss']:.4f}",
+                "–" if done["epsilon"] is None else f"{done['epsilon']:.3g}",
+            ]
+            for done in run["rounds"]
+        ],
+        "No round is done yet.",
+    )
 
 
 class RunProgress:

@@ -43,8 +43,6 @@ from atoll.server.recording import Recorder
 CALIBRATED_SHARE: Final = 0.9999
 """Share of a tensor's values within its int8 range; the rest saturates."""
 
-_SIGNAL_AXES: Final = 2
-
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -176,9 +174,9 @@ def example_event(plan: Plan) -> Gaussian | None:
 
 
 def features_of(task: Task) -> FeatureSpec:
-    """Return what is watched of a task's examples: signals by moments, tables by columns."""
-    signals = len(task.input_shape) == _SIGNAL_AXES
-    return FeatureSpec(kind="channel-stats" if signals else "columns", channels=task.channels)
+    """Return what is watched of examples: signals and images by moments, tables by columns."""
+    table = len(task.input_shape) == 1
+    return FeatureSpec(kind="columns" if table else "channel-stats", channels=task.channels)
 
 
 def _train(

@@ -25,7 +25,7 @@ from atoll.server import audit, claims, desired
 from atoll.server.auth import Operator
 from atoll.server.context import Clock, Nodes
 from atoll.server.errors import BadInput, Conflict, Forbidden, NotFound
-from atoll.server.schema import devices, runs, twins
+from atoll.server.schema import devices, rounds, runs, twins
 from atoll.server.store import Store
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,13 @@ def cancel(connection: Connection, run: str, *, actor: str, now: float) -> str |
     audit.record(connection, actor, "run.cancel", run, now)
     flower: str | None = row["flower_run"]
     return flower
+
+
+def show(connection: Connection, run: str) -> dict[str, Any]:
+    """Return a run with its plan and its rounds so far, JSON-able. Raises :class:`NotFound`."""
+    row = _row(connection, run)
+    done = connection.execute(select(rounds).where(rounds.c.run == run).order_by(rounds.c.round))
+    return dict(row) | {"rounds": [dict(one) for one in done.mappings()]}
 
 
 def read_plan(plan_toml: str) -> Plan:

@@ -33,7 +33,7 @@ from atoll.server import audit, pipeline
 from atoll.server.claims import Claim, ClaimedLedgerStore, Start, claimed
 from atoll.server.errors import HubError, Superseded, Unavailable
 from atoll.server.ledger_store import SqlLedgerStore
-from atoll.server.recording import SqlRecorder
+from atoll.server.recording import Recorder, SqlRecorder
 from atoll.server.runs import ATTEMPT_KEY, RUN_KEY
 from atoll.server.schema import devices, runs
 from atoll.server.settings import Settings
@@ -42,6 +42,9 @@ from atoll.server.store import Store
 ACTOR: Final = "run"
 """Who the audit log names for what a run's process does."""
 _LOOK_SECONDS: Final = 0.5
+
+MakeRecorder = Callable[[Store, str, Callable[[], float]], Recorder]
+"""Makes a run's recorder from the store, the run's id and a clock of Unix seconds."""
 
 log = logging.getLogger(__name__)
 
@@ -75,17 +78,19 @@ def execute(
     tasks: Callable[[str], Task] = find,
     now: Callable[[], float] = time.time,
     clock: Clock = SYSTEM_CLOCK,
+    recorder: MakeRecorder = SqlRecorder,
 ) -> None:
     """Run a plan of the store, from its checkpoint if it has one, and settle the run.
 
-    ``now`` gives Unix seconds. What goes wrong in a way that a person can mend settles the run
+    ``now`` gives Unix seconds. The grid is that of any engine, and everything else the same: what
+    a run does is decided by the plan and the store alone. ``recorder`` makes who hears of it. What goes wrong in a way that a person can mend settles the run
     as failed and is not raised; anything else is both. :class:`LinkError` and
     :class:`Unavailable` are raised with the run as it was: it can go on in another process. One
     that finds the run to be another's ends without a word.
     """
     try:
         with claimed(store, settings.runs / start.run, start, clock) as claim:
-            _carry_out(grid, store, settings, start.run, claim, tasks, now, clock)
+            _carry_out(grid, store, settings, start.run, claim, tasks, now, clock, recorder)
     except Superseded as superseded:
         log.info("%s", superseded)
 
@@ -99,6 +104,7 @@ def _carry_out(
     tasks: Callable[[str], Task],
     now: Callable[[], float],
     clock: Clock,
+    recorder: MakeRecorder,
 ) -> None:
     try:
         with store.read() as connection:
@@ -113,7 +119,7 @@ def _carry_out(
             session=hub_session(plan.privacy.mode, cohort.roster),
             ledger=Ledger(kept, plan.model, plan.privacy.budget_epsilon, plan.privacy.delta),
             examples=_account_of_examples(kept, plan),
-            recorder=SqlRecorder(store, run, now),
+            recorder=recorder(store, run, now),
             out=settings.candidates / run,
             checkpoints=Checkpoints(settings.runs / run),
         )
