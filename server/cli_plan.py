@@ -1,17 +1,20 @@
 """``atoll plan``: federated runs, from a plan file to a candidate model."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from atoll.federation import plan as plans
 from atoll.federation.errors import BadPlan
 from atoll.server.cli_options import Data, Json, connect, guarded
-from atoll.server.cli_progress import RunProgress, follow, outcome
+from atoll.server.cli_progress import RunProgress, follow, outcome, standing_of
 from atoll.server.client import Failure, HubClient, Misuse, NotAllowed
+from atoll.server.progress import asked
 from atoll.server.tables import ago, note, put, put_facts, put_json, put_table, span
+from atoll.server.web_format import size
 
 app = typer.Typer(help="Train: run a plan, look at runs, approve them.", no_args_is_help=True)
 
@@ -106,6 +109,7 @@ def show_run(
             "model": found["model"],
             "state": found["state"],
             "stage": found["stage"],
+            "rounds": str(standing_of(found)),
             "why": found["reason"],
             "proposed by": found["created_by"],
             "approved by": found["approved_by"],
@@ -113,18 +117,8 @@ def show_run(
         | outcome(found)
     )
     put_table(
-        ["Round", "Seconds", "Answered", "Dropped", "Loss", "ε"],
-        [
-            [
-                done["round"],
-                f"{done['seconds']:.1f}",
-                len(done["survivors"]),
-                len(done["dropped"]),
-                "–" if done["loss"] is None else f"{done['loss']:.4f}",
-                "–" if done["epsilon"] is None else f"{done['epsilon']:.3g}",
-            ]
-            for done in found["rounds"]
-        ],
+        ["Round", "Seconds", "In the sum", "Loss", "Accuracy", "ε", "Up", "Down", ""],
+        [_row(done) for done in found["rounds"]],
         "No round is done yet.",
     )
 
@@ -149,6 +143,28 @@ def cancel_run(run: RunId, *, data: Data = None, as_json: Json = False) -> None:
         put_json(done)
     else:
         put(f"Run {run} is cancelled.")
+
+
+def _row(done: Mapping[str, Any]) -> list[object]:
+    """Return the cells of a round; what is not known of it is a dash."""
+    known = {
+        name: form(done[name]) if done.get(name) is not None else "–"
+        for name, form in (
+            ("loss", "{:.4f}".format),
+            ("accuracy", "{:.1%}".format),
+            ("epsilon", "{:.3g}".format),
+            ("bytes_up", size),
+            ("bytes_down", size),
+        )
+    }
+    lost = "lost" if done.get("lost") else ""
+    return [
+        done["round"],
+        f"{done['seconds']:.1f}",
+        f"{len(done['survivors'])} of {asked(done)}",
+        *known.values(),
+        lost if done["survivors"] or lost else "thrown away",
+    ]
 
 
 def _read(file: Path) -> str:
