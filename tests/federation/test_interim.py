@@ -19,7 +19,6 @@ from atoll.federation.plan import Plan, loads
 from atoll.federation.rounds import RoundReport
 from atoll.federation.task import Examples, Split
 
-
 WEIGHTS_BYTES = parameters.flatten(Blobs().model(0)).nbytes
 
 
