@@ -284,6 +284,12 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     """The name under which the trained model is published."""
     rounds: Positive = 10
+    evaluate_every: Positive | None = None
+    """Ask all devices for the accuracy after every so many trained rounds; none: at the end alone.
+
+    It costs a message with the weights to each device, and what they answer, examples and how
+    many were right, comes in the clear and without noise (:mod:`atoll.federation.interim`).
+    """
     seed: int = 0
     training: Training = Training()
     cohort: Cohort = Cohort()

@@ -162,6 +162,10 @@ def _put(ended: dict[str, Any], wanted: Wanted, devices: int, candidate: Path | 
             "candidate": candidate,
             "ε": f"{spent:.3g} at δ = {privacy['delta']:g}" if spent is not None else "",
         }
-        | {name: value for name, value in outcome(ended).items() if not name.startswith("by_device ")}
+        | {
+            name: value
+            for name, value in outcome(ended).items()
+            if not name.startswith("by_device ")
+        }
     )
     put_rounds(ended)

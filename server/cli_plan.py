@@ -9,10 +9,10 @@ import typer
 from atoll.federation import plan as plans
 from atoll.federation.errors import BadPlan
 from atoll.server import cli_local
-from atoll.server.cli_options import Data, Json, connect, guarded
-from atoll.server.cli_progress import RunProgress, follow, outcome, put_rounds
+from atoll.server.cli_options import Data, Json, MlflowUrl, connect, guarded, tracking
+from atoll.server.cli_progress import RunProgress, follow, outcome, put_rounds, standing_of
 from atoll.server.client import Failure, HubClient, Misuse, NotAllowed
-from atoll.server.tables import ago, note, put, put_facts, put_json, put_table, span
+from atoll.server.tables import ago, note, put, put_bytes, put_facts, put_json, put_table, span
 
 app = typer.Typer(help="Train: run a plan, look at runs, approve them.", no_args_is_help=True)
 
@@ -153,6 +153,7 @@ def show_run(
             "model": found["model"],
             "state": found["state"],
             "stage": found["stage"],
+            "rounds": str(standing_of(found)),
             "why": found["reason"],
             "proposed by": found["created_by"],
             "approved by": found["approved_by"],
@@ -160,6 +161,33 @@ def show_run(
         | outcome(found)
     )
     put_rounds(found)
+
+
+@app.command("record")
+@guarded
+def show_record(run: RunId, *, data: Data = None) -> None:
+    """Print a run's record: plan, versions, seed, metrics, charges, digests, as JSON.
+
+    Of a run that has ended these are the bytes whose SHA-256 the audit log names.
+    """
+    put_bytes(connect(data).fetch("runs", run, "record"))
+
+
+@app.command("export")
+@guarded
+def export_run(run: RunId, *, mlflow: MlflowUrl = None, data: Data = None) -> None:
+    """Tell an MLflow tracking server of a run; what it has been told already it is not told again.
+
+    A hub that was started with --mlflow does so by itself.
+    """
+    if mlflow is None:
+        raise Misuse("name the tracking server with --mlflow, or in $ATOLL_MLFLOW")
+    from atoll.server.exporting import export
+    from atoll.server.mlflow import Mlflow
+
+    with Mlflow(tracking(mlflow)) as server:
+        put(export(server, connect(data).fetch("runs", run, "record")))
+        note(f"Run {run} is at {server.target}.")
 
 
 @app.command("approve")
