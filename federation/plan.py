@@ -248,6 +248,11 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cohort: Cohort = Cohort()
     privacy: Privacy = Privacy()
     aggregation: Aggregation = Aggregation()
+    gates: dict[str, str] = {}
+    """Rules that a candidate must pass besides the hub's own, by name, in CEL over the run's facts.
+
+    Such as ``"fair to both sides" = "fairness.equalised_odds <= 0.1"``.
+    """
 
     def __post_init__(self) -> None:
         """Refuse a round of colluders alone, a step cap without a meaning, an idle rule."""

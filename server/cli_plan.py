@@ -8,6 +8,7 @@ import typer
 
 from atoll.federation import plan as plans
 from atoll.federation.errors import BadPlan
+from atoll.server.cli_cohorts import put_cohorts
 from atoll.server.cli_options import Data, Json, connect, guarded
 from atoll.server.cli_progress import RunProgress, follow, outcome
 from atoll.server.client import Failure, HubClient, Misuse, NotAllowed
@@ -127,6 +128,7 @@ def show_run(
         ],
         "No round is done yet.",
     )
+    put_cohorts(found["metrics"] or {})
 
 
 @app.command("approve")
@@ -180,6 +182,7 @@ def _watch(client: HubClient, run: str, *, as_json: bool) -> None:
         put_json(ended)
     else:
         put_facts({"run": run, "state": ended["state"], "why": ended["reason"]} | outcome(ended))
+        put_cohorts(ended["metrics"] or {})
     if ended["state"] not in ("gated", "published"):
         raise Failure(f"run {run} is {ended['state']}: {ended['reason'] or 'no reason is given'}")
     if ended["state"] == "gated":

@@ -28,16 +28,16 @@ from atoll.federation.errors import BadPlan, RoundFailed
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock
 from atoll.federation.messages import EvaluateReply
 from atoll.federation.plan import Plan
-from atoll.federation.task import Task
+from atoll.federation.task import Grouped, Task
 from atoll.fleet import ranges
 from atoll.fleet.bundle import Manifest
 from atoll.fleet.features import FeatureSpec
 from atoll.privacy.ledger import Event, Gaussian, Ledger, Unnoised
 from atoll.privacy.modes import HubSession
-from atoll.server import candidates, export, measures, policy
+from atoll.server import candidates, export, fairness, measures, policy, spread
 from atoll.server.measures import sides_of, total
 from atoll.server.policy import Rule, Verdict
-from atoll.server.questions import Questions, Tally
+from atoll.server.questions import Confusion, Evaluation, Questions, Tally
 from atoll.server.recording import Recorder
 
 CALIBRATED_SHARE: Final = 0.9999
@@ -104,6 +104,8 @@ def run(
     """
     facts: dict[str, Any] = {}
     protect_examples(job, examples)
+    rules = [*job.rules, *policy.rules_of(job.plan)]
+    check_groups(job, rules)
 
     def note(**found: Any) -> None:  # noqa: ANN401 -- JSON
         facts.update(found)
@@ -136,7 +138,7 @@ def run(
     check = candidates.golden_check(profile, job.task.input_shape, exact, shipped, job.run)
     note(golden=check.facts())
     recorder.stage("gate")
-    verdicts = policy.judge(facts, job.rules)
+    verdicts = policy.judge(facts, rules)
     note(gates=[verdict.plain() for verdict in verdicts])
     if not policy.passed(verdicts):
         return Result(None, verdicts, facts)
@@ -266,6 +268,16 @@ def protect_examples(job: Job, examples: Ledger | None) -> None:
     example_privacy.check(job.task.model(job.plan.seed), job.task.input_shape)
 
 
+def check_groups(job: Job, rules: Sequence[Rule]) -> None:
+    """Raise :class:`BadPlan` for a gate on fairness where the task tells of no groups."""
+    asking = [rule.name for rule in rules if "fairness" in policy.subjects(rule)]
+    if asking and not groups_of(job.task):
+        raise BadPlan(
+            f"the gate {asking[0]!r} is about groups, and the task {job.task.name!r} tells of "
+            "none: leave the gate out, or give the task `groups` and `group_of`"
+        )
+
+
 def _evaluate(job: Job, weights: parameters.Vector) -> dict[str, EvaluateReply]:
     """Evaluate the float weights on the devices' held-back data; return the sound replies."""
     timeout = job.plan.cohort.round_timeout
@@ -285,19 +297,36 @@ def _evaluate(job: Job, weights: parameters.Vector) -> dict[str, EvaluateReply]:
     return sound
 
 
+def groups_of(task: Task) -> tuple[str, ...]:
+    """Return the names of the groups that a task tells of; none for a task without."""
+    return task.groups if isinstance(task, Grouped) else ()
+
+
+def _confusions(found: Mapping[str, Evaluation]) -> dict[str, Confusion]:
+    return {name: answer.confusion for name, answer in found.items()}
+
+
 def _compare(
     job: Job, replies: Mapping[str, EvaluateReply], exact: bytes, shipped: bytes
 ) -> dict[str, Any]:
     """Evaluate both ONNX models; return the facts about the devices that did all three."""
-    classes = len(job.task.classes)
+    classes, groups = len(job.task.classes), groups_of(job.task)
     evaluators = job.cohort.evaluators
-    floats = job.questions.confusions(exact, evaluators, classes)
-    ints = job.questions.confusions(shipped, evaluators, classes)
+    floats = _confusions(job.questions.evaluations(exact, evaluators, classes))
+    told = job.questions.evaluations(shipped, evaluators, classes, len(groups))
+    ints = _confusions(told)
     everywhere = [name for name in evaluators if name in replies and name in floats.keys() & ints]
     before = {name: Tally(replies[name].correct, replies[name].rows) for name in everywhere}
     after = {name: Tally.of(floats[name]) for name in everywhere}
     changed = total(after, everywhere).accuracy - total(before, everywhere).accuracy
-    return measures.of_models(floats, ints, sides_of(job.cohort.trainers, everywhere)) | {
+    sides, least = sides_of(job.cohort.trainers, everywhere), job.plan.cohort.min_devices
+    tallies = {name: Tally.of(ints[name]) for name in everywhere}
+    by_group = {name: found for name in everywhere if (found := told[name].by_group) is not None}
+    fair = fairness.of_devices(by_group, groups, job.task.classes, least) if groups else None
+    return {
+        **measures.of_models(floats, ints, sides),
+        **spread.by_cohort(tallies, sides, job.cohort.labels, least),
+        **({"fairness": fair} if fair is not None else {}),
         "devices": {
             "trainers": len(job.cohort.trainers),
             "asked": len(evaluators),

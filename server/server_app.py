@@ -162,6 +162,7 @@ def cohort_of(connection: Connection, plan: Plan) -> Cohort:
         members={row.id: Member(int(row.node_id), row.certificate.encode()) for row in rows},
         trainers=trainers,
         evaluators=[row.id for row in rows],
+        labels={row.id: row.labels for row in rows},
     )
 
 
