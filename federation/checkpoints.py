@@ -6,9 +6,11 @@ end is for :mod:`atoll.federation.rounds` to say.
 """
 
 import io
+import json
 import os
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +34,8 @@ class Checkpoint:
     break off and could not be repeated.
     ``session`` is what the hub's side of the sums keeps between rounds; nothing secret.
     ``clip_norm`` is the clipping norm to go on with; none before it was ever moved.
+    ``turns`` counts by device how often it was asked, where the plan takes devices in turns or
+    by a rule.
     """
 
     run: str
@@ -46,6 +50,7 @@ class Checkpoint:
     clip_norm: float | None = None
     ended: int = 0
     lost: int = 0
+    turns: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def fresh(cls, run: str, initial: Vector) -> "Checkpoint":
@@ -82,6 +87,7 @@ class Checkpoints:
             ),
             tail=checkpoint.tail,
             session=np.frombuffer(checkpoint.session, dtype=np.uint8),
+            turns=np.frombuffer(json.dumps(dict(checkpoint.turns)).encode(), dtype=np.uint8),
             clip_norm=np.array(
                 [] if checkpoint.clip_norm is None else [checkpoint.clip_norm], dtype=np.float64
             ),
@@ -118,6 +124,7 @@ class Checkpoints:
                 moments = file["moments"] if "moments" in file.files else [file["velocity"]]
                 # And files from before rounds were repeated do not say how the last one went.
                 ended, lost = file["broken_off"] if "broken_off" in file.files else (completed, 0)
+                turns = json.loads(file["turns"].tobytes()) if "turns" in file.files else {}
                 found = Checkpoint(
                     run=str(file["run"]),
                     begun=begun,
@@ -131,6 +138,7 @@ class Checkpoints:
                     clip_norm=float(norms[0]) if norms else None,
                     ended=int(ended),
                     lost=int(lost),
+                    turns=turns,
                 )
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise BadCheckpoint(

@@ -126,6 +126,39 @@ class Cohort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds before a device that has not answered counts as dropped out."""
     sampling_rate: Annotated[float, Meta(gt=0, le=1)] | None = None
     """Probability with which an enrolled trainer is in a round's cohort; none: everyone is."""
+    rule: Annotated[str, Meta(min_length=1, max_length=1000)] | None = None
+    """Which of them may train, in CEL over what is known of each (``device.power == "mains"``).
+
+    Looked at anew before each round; whoever falls short sits it out, and a fact that is not known
+    leaves its device out. The facts are the hub's (:mod:`atoll.server.cohort_rule`). With a
+    ``sampling_rate`` rounds are charged in full.
+    """
+    size: Positive | None = None
+    """At most so many trainers a round, in turns: those who were asked least come first."""
+
+    def __post_init__(self) -> None:
+        """Refuse turns that are to be secret, and rounds that could never be large enough."""
+        if self.size is None:
+            return
+        if self.sampling_rate is not None:
+            raise ValueError(
+                "size takes devices in turns and sampling_rate draws them, so that nobody can "
+                "tell whose turn it is: leave one of them out"
+            )
+        if self.size < self.min_devices:
+            raise ValueError(
+                f"size = {self.size} is below min_devices = {self.min_devices}: every round would "
+                "be thrown away; raise size or lower min_devices"
+            )
+
+    @property
+    def picks(self) -> bool:
+        """Whether a round may leave out trainers that are there, other than by a secret draw."""
+        return self.rule is not None or self.size is not None
+
+    def in_a_round(self, trainers: int) -> int:
+        """Return how many of so many trainers a round has at most."""
+        return trainers if self.size is None else min(self.size, trainers)
 
 
 class ExamplePrivacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

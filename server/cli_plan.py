@@ -8,10 +8,12 @@ import typer
 
 from atoll.federation import plan as plans
 from atoll.federation.errors import BadPlan
+from atoll.server import plan_rules
 from atoll.server.cli_cohorts import put_cohorts
 from atoll.server.cli_options import Data, Json, connect, guarded
 from atoll.server.cli_progress import RunProgress, follow, outcome
 from atoll.server.client import Failure, HubClient, Misuse, NotAllowed
+from atoll.server.errors import BadInput
 from atoll.server.tables import ago, note, put, put_facts, put_json, put_table, span
 
 app = typer.Typer(help="Train: run a plan, look at runs, approve them.", no_args_is_help=True)
@@ -156,9 +158,9 @@ def cancel_run(run: RunId, *, data: Data = None, as_json: Json = False) -> None:
 def _read(file: Path) -> str:
     """Return a plan's text after checking it, so that a slip is told before any network."""
     try:
-        plans.load(file)
+        plan_rules.check(plans.load(file))
         return file.read_text(encoding="utf-8")
-    except BadPlan as error:
+    except (BadPlan, BadInput) as error:
         raise Misuse(str(error)) from error
 
 

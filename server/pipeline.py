@@ -12,8 +12,8 @@ Only a candidate that passes every gate is written to ``out``, to wait there for
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -43,6 +43,9 @@ from atoll.server.recording import Recorder
 CALIBRATED_SHARE: Final = 0.9999
 """Share of a tensor's values within its int8 range; the rest saturates."""
 
+LISTED: Final = 200
+"""Devices that a run lists as left out; of more, their number alone is told."""
+
 _SIGNAL_AXES: Final = 2
 
 
@@ -58,6 +61,8 @@ class Job:
     created: float
     rules: Sequence[Rule] = policy.RULES
     clock: Clock = SYSTEM_CLOCK
+    left_out: Callable[[], Mapping[str, str]] = dict
+    """Says which trainers may not train now by ``cohort.rule``, and why."""
 
     @property
     def questions(self) -> Questions:
@@ -112,7 +117,11 @@ def run(
         recorder.metrics(found)
 
     recorder.stage("train")
-    weights = _train(job, session, ledger, examples, recorder, note, checkpoints)
+    outcome = _train(job, session, ledger, examples, recorder, note, checkpoints)
+    weights = outcome.weights
+    if outcome.turns:  # "known" are those that were asked to train
+        asked = [name for name in job.cohort.trainers if name in outcome.turns]
+        job = replace(job, cohort=replace(job.cohort, trainers=asked))
     recorder.stage("evaluate")
     replies = _evaluate(job, weights)
     note(**measures.of_weights(replies, sides_of(job.cohort.trainers, replies)))
@@ -191,7 +200,7 @@ def _train(
     recorder: Recorder,
     note: Callable[..., None],
     checkpoints: Checkpoints | None,
-) -> parameters.Vector:
+) -> rounds.Outcome:
     plan = job.plan
     reports: list[RoundReport] = []
     of_example = example_event(plan)
@@ -221,6 +230,7 @@ def _train(
         run=job.run,
         checkpoints=checkpoints,
         clock=job.clock,
+        left_out=_left_out(job, note),
     )
     spent = ledger.spent()
     finite = isfinite(spent.epsilon_pld)
@@ -250,7 +260,30 @@ def _train(
         epsilon=spent.epsilon_pld if finite else None,
         delta=spent.delta,
     )
-    return outcome.weights
+    return outcome
+
+
+def _left_out(job: Job, note: Callable[..., None]) -> Callable[[], Collection[str]]:
+    """Return who may not train now, noting it in the run's facts when it changes."""
+    noted: dict[str, Mapping[str, str]] = {}
+
+    def look() -> Collection[str]:
+        found = {name: why for name, why in job.left_out().items() if name in job.cohort.trainers}
+        if job.plan.cohort.rule is not None and noted.get("now") != found:
+            noted["now"] = found
+            trainers = len(job.cohort.trainers)
+            listed = dict(list(found.items())[:LISTED])
+            note(
+                cohort={
+                    "rule": job.plan.cohort.rule,
+                    "trainers": trainers,
+                    "eligible": trainers - len(found),
+                    "left_out": listed,
+                }
+            )
+        return found
+
+    return look
 
 
 def protect_examples(job: Job, examples: Ledger | None) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 import cel
 
 from atoll.federation.plan import Plan
+from atoll.server import expressions
 from atoll.server.errors import BadInput
 
 _NAMED: Final = re.compile(r"[a-z_]\w*(?:\.[a-z_]\w*)+")
@@ -75,8 +76,6 @@ FACTS: Final = frozenset(
 )
 """What a rule may be about: the names of a run's facts."""
 
-_BOUND: Final = re.compile(r"\.(?:all|exists|exists_one|map|filter)\(\s*([A-Za-z_]\w*)\s*,")
-
 
 def rules_of(plan: Plan) -> list[Rule]:
     """Return the rules that a plan adds."""
@@ -99,12 +98,11 @@ def subjects(rule: Rule) -> set[str]:
     That is, if it is no CEL. Names that a macro binds are not among them.
     """
     try:
-        named = cel.compile(rule.expression).variables()
+        return expressions.names(rule.expression)
     except ValueError as error:
         raise BadInput(
             f"the gate {rule.name!r} is no CEL expression: {error}", "see https://cel.dev"
         ) from error
-    return set(named) - set(_BOUND.findall(rule.expression))
 
 
 def passed(verdicts: Sequence[Verdict]) -> bool:

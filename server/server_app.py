@@ -29,7 +29,7 @@ from atoll.fleet.errors import FleetError
 from atoll.privacy.errors import PrivacyError
 from atoll.privacy.ledger import Ledger, LedgerStore
 from atoll.privacy.modes import hub_session
-from atoll.server import audit, pipeline
+from atoll.server import audit, cohort_rule, device_facts, pipeline
 from atoll.server.claims import Claim, ClaimedLedgerStore, Start, claimed
 from atoll.server.errors import HubError, Superseded, Unavailable
 from atoll.server.ledger_store import SqlLedgerStore
@@ -109,7 +109,16 @@ def _carry_out(
         await_cohort(grid, cohort, plan, clock)
         kept = ClaimedLedgerStore(SqlLedgerStore(store, now), claim)
         result = pipeline.run(
-            pipeline.Job(grid, plan, cohort, tasks(plan.task), run, now(), clock=clock),
+            pipeline.Job(
+                grid,
+                plan,
+                cohort,
+                tasks(plan.task),
+                run,
+                now(),
+                clock=clock,
+                left_out=lambda: left_out(store, plan, now(), settings.offline_seconds),
+            ),
             session=hub_session(plan.privacy.mode, cohort.roster),
             ledger=Ledger(kept, plan.model, plan.privacy.budget_epsilon, plan.privacy.delta),
             examples=_account_of_examples(kept, plan),
@@ -164,6 +173,21 @@ def cohort_of(connection: Connection, plan: Plan) -> Cohort:
         evaluators=[row.id for row in rows],
         labels={row.id: row.labels for row in rows},
     )
+
+
+def left_out(store: Store, plan: Plan, now: float, fresh: float) -> dict[str, str]:
+    """Return which devices the plan's rule leaves out at ``now`` (Unix seconds), and why.
+
+    What a device told more than ``fresh`` seconds ago is not known.
+    """
+    rule = plan.cohort.rule
+    if rule is None:
+        return {}
+    with store.read() as connection:
+        known = device_facts.of_fleet(
+            connection, plan.model, cohort_rule.named(rule), now=now, fresh=fresh
+        )
+    return cohort_rule.left_out(rule, known)
 
 
 def await_nodes(store: Store, plan: Plan, clock: Clock) -> None:
