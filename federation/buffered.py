@@ -1,7 +1,7 @@
 """Asynchronous rounds: updates are folded in as they come, and so many of them make a step.
 
     run_buffered(grid, plan, cohort, session, charge, on_round, initial, *, run,
-                 checkpoints=None, clock=SYSTEM_CLOCK, entropy=None) -> Outcome
+                 checkpoints=None, clock=SYSTEM_CLOCK, entropy=None, left_out=nobody) -> Outcome
 
 FedBuff (Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022).
 The hub keeps ``concurrency`` devices training, each on the weights that there were when it was
@@ -10,11 +10,11 @@ asked. An update that comes back after τ further steps is folded in with weight
 next step's buffer is empty. So a slow device holds up nobody, and what it learned counts all the
 same, though less.
 
-Whoever has not been asked for longest is asked next, and a device once in a step at most. So it
-is in a buffer once at most, a weight is one at most, and the sum's sensitivity is one device's
-clipped update, as in a round. The ledger is charged for a step before any update is asked for in
-it. A weight multiplies integers, which are rounded again without bias; riders are not weighed, so
-that means of them are those of the devices in the buffer.
+Whoever was asked least often is asked next, and a device once in a step at most. So it is in a
+buffer once at most, a weight is one at most, and the sum's sensitivity is one device's clipped
+update, as in a round. The ledger is charged for a step before any update is asked for in it. A
+weight multiplies integers, which are rounded again without bias; riders are not weighed, so that
+means of them are those of the devices in the buffer.
 
 This is for ``plain`` sums alone. A masked or an encrypted sum knows its cohort before its first
 term, and here a cohort is whoever has come in; the paper trusts an enclave with the buffer
@@ -40,7 +40,7 @@ import numpy as np
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from atoll.federation import messages, release, training
+from atoll.federation import interim, messages, release, selection, training
 from atoll.federation.checkpoints import Checkpoint, Checkpoints
 from atoll.federation.cohort import Cohort, await_trainers
 from atoll.federation.conversation import Conversation, Learned, RoundReport, Setting
@@ -78,6 +78,7 @@ def run_buffered(
     checkpoints: Checkpoints | None = None,
     clock: Clock = SYSTEM_CLOCK,
     entropy: Keystream | None = None,
+    left_out: selection.LeftOut = selection.nobody,
 ) -> Outcome:
     """Run the plan's steps; arguments and errors are those of ``rounds.run_rounds``.
 
@@ -96,19 +97,28 @@ def run_buffered(
         on_round(broken_off(state, cohort, plan.privacy.clip_norm))
     while state.begun < plan.rounds + state.lost:
         timeout = plan.cohort.round_timeout
+        allowed = selection.await_allowed(
+            cohort.trainers, left_out, least=least, timeout=timeout, clock=clock
+        )
         present = await_trainers(
-            grid, cohort, least=least, hoped=hoped, timeout=timeout, clock=clock
+            grid,
+            replace(cohort, trainers=allowed),
+            least=least,
+            hoped=min(hoped, len(allowed)),
+            timeout=timeout,
+            clock=clock,
         )
         hoped = least
         number = state.begun + 1
         try:
             epsilon = charge(number, len(present))
         except BudgetExceeded:
-            return Outcome(state.result, state.trained, "budget")
+            return Outcome(state.result, state.trained, "budget", state.turns)
         state = replace(state, begun=number)
         _save(state, checkpoints)
         began = clock.now()
         buffer = devices.fill(state, present)
+        state = replace(state, turns=selection.after(state.turns, buffer.asked))
         if len(buffer.folded) >= least:
             failures = 0
             state = stepped(state, buffer.learned(setting), plan)
@@ -117,14 +127,17 @@ def run_buffered(
             failures += 1
         state = replace(state, ended=number)
         _save(state, checkpoints)
-        on_round(buffer.report(number, clock.now() - began, epsilon, least))
+        report = buffer.report(number, clock.now() - began, epsilon, least)
+        on_round(report)
+        if report.survivors and interim.due(plan, state.trained):
+            on_round(interim.measured(report, setting, state.result))
         if failures == PATIENCE:
             raise RoundFailed(
                 f"{PATIENCE} steps in a row were thrown away: {len(buffer.folded)} updates came "
                 f"in and a step needs {least}; look at why devices drop out, then start the run "
                 "again"
             )
-    return Outcome(state.result, state.trained, "complete")
+    return Outcome(state.result, state.trained, "complete", state.turns)
 
 
 def _check(plan: Plan, asked: Asynchrony, cohort: Cohort, parameters: int) -> None:
@@ -162,6 +175,8 @@ class _Buffer:
     folded: dict[str, int] = field(default_factory=dict)
     """Whose updates are in it, and under which number each was asked for."""
     failed: dict[str, str] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    """Who was asked while it was filled."""
     losses: list[float] = field(default_factory=list)
     up: int = 0
     down: int = 0
@@ -194,6 +209,8 @@ class _Buffer:
             bytes_up=self.up,
             bytes_down=self.down,
             clip_norm=self.spec.clip_norm,
+            drawn=len(self.folded) + len(self.failed),
+            connected=len(self.folded) + len(self.failed),
         )
 
 
@@ -206,7 +223,6 @@ class _Devices:
         self._nodes = setting.cohort.nodes
         self._tasks: dict[str, _Task] = {}
         self._come: deque[Reply] = deque()
-        self._last: dict[str, int] = {}
 
     def fill(self, state: Checkpoint, present: Sequence[str]) -> _Buffer:
         """Return the step's buffer, full, or with what came when there is nobody left to ask.
@@ -232,7 +248,7 @@ class _Devices:
         buffer = _Buffer(spec, Riders.of(plan), np.zeros(length, dtype=np.int64))
         numbers = iter(range(state.begun * STRIDE, (state.begun + 1) * STRIDE))
         free = (name for name in present if name not in self._tasks)
-        left = deque(sorted(free, key=lambda name: self._last.get(name, 0)))
+        left = deque(sorted(free, key=lambda name: state.turns.get(name, 0)))
         while True:
             while self._come and len(buffer.folded) < self._asked.buffer:
                 self._take(self._come.popleft(), buffer, state.trained)
@@ -262,7 +278,7 @@ class _Devices:
         content = messages.pack(self._sum_ask(spec, step, name, state.counted.get(name, 0)), work)
         buffer.down += messages.size(content)
         self._tasks[name] = _Task(number, state.trained, hub)
-        self._last[name] = number
+        buffer.asked.append(name)
         timeout = setting.plan.cohort.round_timeout
         self._outstanding.send(
             name, self._nodes[name], messages.TRAIN, content, timeout, str(state.begun)

@@ -36,7 +36,10 @@ class RoundReport:
     ``survivors`` are the devices in the sum, none when the round was thrown away; ``dropped``
     the other trainers of the round's cohort, with the reason. ``loss`` is the mean of what
     survivors reported; ``epsilon`` what the population has spent so far. Bytes are payload of
-    all devices together. ``clip_norm`` is the clipping norm that the round used.
+    all devices together. ``clip_norm`` is the clipping norm that the round used. Of ``drawn``
+    trainers ``connected`` were there when it began. A ``lost`` round broke off, and nothing
+    else is known of it. ``accuracy`` is the share of ``evaluated`` held-back examples that the
+    weights after it got right, in ``evaluate_seconds`` more; none where nobody was asked.
     """
 
     round: int
@@ -48,6 +51,12 @@ class RoundReport:
     bytes_up: int
     bytes_down: int
     clip_norm: float
+    drawn: int = 0
+    connected: int = 0
+    lost: bool = False
+    accuracy: float | None = None
+    evaluated: int = 0
+    evaluate_seconds: float = 0.0
 
 
 class Learned(NamedTuple):
@@ -189,6 +198,8 @@ class Conversation:
             bytes_up=self._up,
             bytes_down=self._down,
             clip_norm=self._spec.clip_norm,
+            drawn=len(self._drawn),
+            connected=len(self._present),
         )
 
     @property

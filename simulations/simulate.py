@@ -54,7 +54,7 @@ from atoll.simulations.populations import Population, Simulated
 
 RUN: Final = "simulation"
 EVERY: Final = 10
-"""Rounds from one evaluation to the next; the last round is always followed by one."""
+"""Rounds from one evaluation to the next, unless the plan says; the last is followed by one."""
 EVALUATORS: Final = 50
 """Devices on whose held-back examples weights are evaluated."""
 NO_CONTROL: Final = np.zeros(0, np.float32)
@@ -62,7 +62,10 @@ BLOCK: Final = 4096
 """Devices for which a Poisson draw tosses its coins at once."""
 
 _HEEDED: Final = {
-    Plan: {"name", "task", "model", "rounds", "seed", "training", "cohort", "privacy"},
+    Plan: {
+        *("name", "task", "model", "rounds", "evaluate_every", "seed"),
+        *("training", "cohort", "privacy"),
+    },
     Cohort: {"labels", "min_devices", "round_timeout", "sampling_rate"},
     Privacy: {
         *("mode", "clip_norm", "bits", "noise_multiplier", "noise", "colluders", "clip"),
@@ -187,7 +190,7 @@ def run(
         elif len(drawn) >= plan.cohort.min_devices:
             failures += 1
         seconds = clock() - began
-        looked = number % every == 0 and number < plan.rounds
+        looked = number % (plan.evaluate_every or every) == 0 and number < plan.rounds
         on_round(
             Round(
                 round=number,

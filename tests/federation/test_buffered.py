@@ -22,6 +22,7 @@ from atoll.federation.engine import Vanished
 from atoll.federation.errors import BadPlan, RoundFailed
 from atoll.federation.plan import Asynchrony
 from atoll.federation.rounds import Outcome, RoundReport
+from atoll.federation.selection import LeftOut, nobody
 from atoll.federation.task import Examples, Split
 from atoll.privacy import update
 from atoll.privacy.errors import BadParameters, BudgetExceeded
@@ -42,6 +43,8 @@ class Listening(PacedGrid):
     def push_messages(self, sent: Iterable[Message]) -> Iterable[str]:
         known = list(sent)
         for message in known:
+            if message.metadata.message_type != messages.TRAIN:
+                continue
             ask = messages.unpack(message.content, messages.SumAsk)
             work = messages.unpack(message.content, messages.TrainAsk)
             start = parameters.from_bytes(work.weights)
@@ -69,6 +72,7 @@ class Paced:
         self,
         the_plan: plan.Plan,
         *,
+        left_out: LeftOut = nobody,
         charge: Callable[[int], float | None] = lambda _: None,
         on_round: Callable[[RoundReport], None] = lambda _: None,
         checkpoints: Checkpoints | None = None,
@@ -87,6 +91,7 @@ class Paced:
             checkpoints=checkpoints,
             clock=self.grid.clock,
             entropy=entropy,
+            left_out=left_out,
         )
 
 
@@ -424,6 +429,36 @@ def test_equal_runs_without_noise_come_out_equal(tmp_path: Path) -> None:
     assert np.array_equal(first.weights, again.weights)
 
 
+def test_asking_for_the_accuracy_between_steps_takes_nothing_from_who_trains(
+    tmp_path: Path,
+) -> None:
+    the_plan = asynchronous(6, 2, 3)
+    quiet, asking = paced(tmp_path / "a", [1.0, 1.0, 3.95]), paced(tmp_path / "b", [1.0, 1.0, 3.95])
+    reports: list[RoundReport] = []
+    quiet.run(the_plan)
+    asking.run(msgspec.structs.replace(the_plan, evaluate_every=3), on_round=reports.append)
+    told = [(report.round, report.evaluated) for report in reports if report.accuracy is not None]
+    assert told == [(3, 180), (6, 180)]
+    trained = [report for report in reports if report.accuracy is None]
+    assert [report.round for report in trained] == [1, 2, 3, 4, 5, 6]
+    assert not any(report.dropped for report in trained)
+    # The third device's update came all the same.
+    assert any("device-3" in report.survivors for report in trained)
+
+
+def test_who_may_not_train_now_is_not_asked(tmp_path: Path) -> None:
+    here, out = paced(tmp_path, [1.0] * 4), [{"device-1"}, {"device-2"}, set()]
+    reports: list[RoundReport] = []
+    done = here.run(
+        asynchronous(3, 3, 4), on_round=reports.append, left_out=lambda: out[len(reports)]
+    )
+    asked = [{name for n, name, *_ in here.grid.asked if n // buffered.STRIDE == k} for k in (1, 2)]
+    assert "device-1" not in asked[0]
+    assert "device-2" not in asked[1]
+    turns = {name: len(numbers_of(here, name)) for name in here.cohort.trainers}
+    assert done.turns == turns
+
+
 # --- plans ---
 
 ASYNC = "[asynchrony]\nbuffer = 3\nconcurrency = 4\n"
@@ -437,6 +472,7 @@ ASYNC = "[asynchrony]\nbuffer = 3\nconcurrency = 4\n"
         ('[privacy]\nmode = "plain"\nnoise_multiplier = 1.0', 'use noise = "central"'),
         ('[privacy]\nmode = "plain"\nclip = "adaptive"', "is for rounds"),
         ('[privacy]\nmode = "plain"\n[training]\ncontrol_steps = 3', "control_steps is for rounds"),
+        ('[privacy]\nmode = "plain"\n[cohort]\nsize = 3', "cohort.size is for rounds"),
         ('[privacy]\nmode = "plain"\n[cohort]\nenough = 3', "cohort.enough is for rounds"),
         ('[privacy]\nmode = "plain"\n[cohort]\nsampling_rate = 0.5', "sampling_rate is for rounds"),
         ('[privacy]\nmode = "plain"\n[cohort]\nmin_devices = 4', "below cohort.min_devices = 4"),
