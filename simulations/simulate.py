@@ -64,7 +64,7 @@ BLOCK: Final = 4096
 _HEEDED: Final = {
     Plan: {
         *("name", "task", "model", "rounds", "evaluate_every", "seed"),
-        *("training", "cohort", "privacy"),
+        *("training", "cohort", "privacy", "gates"),
     },
     Cohort: {"labels", "min_devices", "round_timeout", "sampling_rate"},
     Privacy: {
