@@ -190,7 +190,8 @@ def _registered(factory: LinkStateFactory) -> Run:
 
 def _hosts(makers: Mapping[int, MakeApp]) -> dict[int, Any]:
     """Return each node's actor: an actor for each core, nodes dealt out in turn; all are up."""
-    cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray's
+    cores = max(1, int(resources.get("CPU", 1)))
     shares = [dict(list(makers.items())[first::cores]) for first in range(cores)]
     remote = ray.remote(_Host).options(num_cpus=1, scheduling_strategy="SPREAD")
     hosts: Sequence[Any] = [remote.remote(share) for share in shares if share]
@@ -204,9 +205,9 @@ def _hosts(makers: Mapping[int, MakeApp]) -> dict[int, Any]:
 @contextmanager
 def _ray(address: str | None) -> Iterator[None]:
     """Connect to Ray for a block, or have one of our own, whose files go with it."""
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        own = {
+        own: dict[str, Any] = {
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE,
             "_temp_dir": folder,
