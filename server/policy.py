@@ -70,8 +70,9 @@ def judge(facts: Mapping[str, Any], rules: Iterable[Rule] = RULES) -> list[Verdi
 
 FACTS: Final = frozenset(
     {
-        *("accuracy", "by_device", "cohort", "confusion", "devices", "fairness", "golden", "loss"),
-        *("model", "privacy", "profile", "rounds", "rows", "spread"),
+        *("accuracy", "by_device", "cohort", "confusion", "delta", "devices", "epsilon"),
+        *("fairness", "golden", "loss", "model", "privacy", "profile", "rounds", "rows"),
+        *("spread", "spread_left_out"),
     }
 )
 """What a rule may be about: the names of a run's facts."""

@@ -226,7 +226,9 @@ def check(plan: Plan, size: int, cohort: int | None, length: int) -> None:
     for part in (plan, plan.cohort, plan.privacy):
         known = _HEEDED[type(part)]
         for field in msgspec.structs.fields(part):
-            if field.name not in known and getattr(part, field.name) != field.default:
+            made = field.default_factory
+            usual = field.default if made is msgspec.NODEFAULT else made()
+            if field.name not in known and getattr(part, field.name) != usual:
                 raise BadPlan(
                     f"{field.name} cannot be simulated; leave it out, or run the plan on devices"
                 )

@@ -191,6 +191,10 @@ def add_device(hub: HubContext, name: str, number: int, *, release: int | None =
                     "bytes_down": 800,
                     "latency_p50": 0.42,
                     "latency_p95": 0.91,
+                    "power": "battery" if number == 5 else "mains",
+                    "network": "wifi",
+                    "accelerator": "none",
+                    "examples": 512,
                 },
             )
         )
