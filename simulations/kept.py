@@ -1,0 +1,82 @@
+"""A simulation on disk after each of its rounds, so that it can break off and go on.
+
+A directory holds one simulation: its last state (:mod:`atoll.federation.checkpoints`) and a line
+of JSON for each of its rounds. The line is written first; lines past the state are of a
+round that will be done again, and are dropped.
+
+What goes on must be what began: the state carries a digest of the plan, of how many devices
+there are and of the cohort.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from atoll.federation.checkpoints import Checkpoint, Checkpoints
+from atoll.federation.errors import BadCheckpoint
+from atoll.federation.plan import Plan
+from atoll.simulations.simulate import RUN, Round
+
+ROUNDS: Final = "rounds.jsonl"
+
+
+class Kept:
+    """The simulation in ``directory``, begun or not.
+
+    ``start`` is the state to go on from, none where nothing is yet; ``rounds`` are those that
+    are in it. Raises :class:`BadCheckpoint` when the directory holds another simulation.
+    """
+
+    def __init__(self, directory: Path, plan: Plan, devices: int, cohort: int | None) -> None:
+        self._run = identity(plan, devices, cohort)
+        self._checkpoints, self._lines = Checkpoints(directory), directory / ROUNDS
+        found = self._checkpoints.load(self._run)
+        self.start = None if found is None else replace(found, run=RUN)
+        self.rounds = self._read(0 if found is None else found.ended)
+
+    def keep(self, state: Checkpoint, done: Round) -> None:
+        """Write a round, and the state after it."""
+        self.rounds.append(done)
+        with self._lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(done), allow_nan=False) + "\n")
+        self._checkpoints.save(replace(state, run=self._run))
+
+    def _read(self, ended: int) -> list[Round]:
+        self._lines.parent.mkdir(parents=True, exist_ok=True)
+        text = self._lines.read_text(encoding="utf-8") if self._lines.exists() else ""
+        # A line that ends without a newline broke off; it is past the state.
+        whole = text.splitlines()[: text.count("\n")][:ended]
+        try:
+            rounds = [msgspec.json.decode(line, type=Round) for line in whole]
+        except msgspec.DecodeError as error:
+            raise BadCheckpoint(f"{self._lines} is damaged: {error}") from error
+        if len(rounds) != ended:
+            raise BadCheckpoint(
+                f"{self._lines} tells of {len(rounds)} rounds and the state beside it of {ended}; "
+                "remove the directory to begin again"
+            )
+        self._lines.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+        return rounds
+
+
+def identity(plan: Plan, devices: int, cohort: int | None) -> str:
+    """Return a name that two simulations have in common when they are the same."""
+    said = json.dumps([_said(plan), devices, cohort], sort_keys=True)
+    return f"{plan.name}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+
+
+def _said(part: msgspec.Struct) -> Mapping[str, Any]:
+    """Return what a plan says beyond the defaults, which grow with the program."""
+    said = {}
+    for field in msgspec.structs.fields(part):
+        value = getattr(part, field.name)
+        if isinstance(value, msgspec.Struct):
+            said[field.name] = _said(value)
+        elif value != field.default:
+            said[field.name] = value
+    return {name: value for name, value in said.items() if value != {}}

@@ -1,0 +1,115 @@
+"""A simulation that broke off goes on from its directory and comes to the same end."""
+
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+
+from atoll.federation import plan as plans
+from atoll.federation.errors import BadCheckpoint
+from atoll.simulations import kept, simulate
+from atoll.simulations.kept import Kept
+from atoll.simulations.populations import named
+
+PLAN = plans.loads("""
+name = "test"
+task = "digits"
+model = "digits"
+rounds = 7
+seed = 3
+[training]
+batch_size = 8
+learning_rate = 0.1
+server_momentum = 0.5
+averaged_rounds = 3
+[cohort]
+min_devices = 2
+sampling_rate = 0.2
+[privacy]
+mode = "plain"
+clip_norm = 0.4
+clip = "adaptive"
+noise = "central"
+noise_multiplier = 0.5
+""")
+
+
+class Stopped(Exception):
+    pass
+
+
+def go(folder, plan=PLAN, stop_after=None):
+    there = Kept(folder, plan, 30, None)
+    heard = list(there.rounds)
+
+    def on_round(done):
+        heard.append(done)
+        if done.round == stop_after:
+            raise Stopped
+
+    ended = simulate.run(
+        plan, named("digits", 30, plan.seed), None, on_round, every=2, start=there.start,
+        keep=there.keep,
+    )  # fmt: skip
+    return ended, [replace(done, seconds=0.0) for done in heard]
+
+
+def test_it_ends_as_if_it_had_never_broken_off(tmp_path):
+    """Cohorts, noise, clipping norm, momentum, the mean of the last rounds and ε included."""
+    whole, rounds = go(tmp_path / "whole")
+    for stop_after in (2, 6):
+        with pytest.raises(Stopped):
+            go(tmp_path / "parts", stop_after=stop_after)
+    ended, heard = go(tmp_path / "parts")
+    assert np.array_equal(ended.weights, whole.weights)
+    assert (ended.accuracy, ended.rounds) == (whole.accuracy, whole.rounds)
+    assert heard == rounds
+    assert len({done.drawn for done in heard}) > 1
+
+
+def test_what_has_ended_is_told_again_without_a_round(tmp_path):
+    whole, rounds = go(tmp_path)
+    again, heard = go(tmp_path, stop_after=1)
+    assert np.array_equal(again.weights, whole.weights)
+    assert heard == rounds
+
+
+def test_a_line_past_the_state_is_dropped(tmp_path):
+    with pytest.raises(Stopped):
+        go(tmp_path, stop_after=3)
+    lines = tmp_path / kept.ROUNDS
+    for torn in (lines.read_text().splitlines()[-1] + "\n", '{"round": 4, "se'):
+        with lines.open("a") as file:
+            file.write(torn)
+        assert [done.round for done in Kept(tmp_path, PLAN, 30, None).rounds] == [1, 2, 3]
+    assert lines.read_text().count("\n") == 3
+
+
+def test_lines_that_are_gone_are_not_made_up(tmp_path):
+    with pytest.raises(Stopped):
+        go(tmp_path, stop_after=3)
+    (tmp_path / kept.ROUNDS).write_text("")
+    with pytest.raises(BadCheckpoint, match="tells of 0 rounds"):
+        Kept(tmp_path, PLAN, 30, None)
+
+
+def test_another_simulation_is_refused(tmp_path):
+    with pytest.raises(Stopped):
+        go(tmp_path, stop_after=1)
+    other = msgspec.structs.replace(PLAN, seed=4)
+    for plan, devices, cohort in ((other, 30, None), (PLAN, 31, None), (PLAN, 30, 5)):
+        with pytest.raises(BadCheckpoint, match="belongs to run"):
+            Kept(tmp_path, plan, devices, cohort)
+
+
+def test_a_simulation_is_known_by_what_its_plan_says_and_not_by_the_defaults():
+    short = plans.loads('name = "a"\ntask = "digits"\nmodel = "m"')
+    long = plans.loads(
+        'name = "a"\ntask = "digits"\nmodel = "m"\nrounds = 10\n[privacy]\nbits = 16'
+    )
+    assert short == long
+    assert set(kept._said(short)) == {"name", "task", "model"}
+    assert kept.identity(short, 3, None) == kept.identity(long, 3, None)
+    labelled = plans.loads('name = "a"\ntask = "digits"\nmodel = "m"\n[cohort.labels]\nx = "y"')
+    assert kept.identity(short, 3, None) != kept.identity(labelled, 3, None)
