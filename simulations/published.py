@@ -39,6 +39,7 @@ from atoll.simulations.spar import Spar
 DEVICES: Final = 10
 TOLERANCE: Final = 0.5
 """Percentage points."""
+_FOLDER: Final = Path(__file__).parent
 _FLOWER: Final = "Flower niid_bench"
 _BURNS: Final = "Burns et al. 2018"
 
@@ -58,7 +59,7 @@ class Row(NamedTuple):
     """
 
     name: str
-    plan: str
+    plan: Path
     case: str
     metric: str
     value: float
@@ -105,7 +106,7 @@ def run(row: Row, checkpoint: Path | None, say: Callable[[str], None]) -> float:
 
     Raises what :func:`simulate.run` does.
     """
-    plan = plans.load(Path(__file__).with_name(row.plan))
+    plan = plans.load(row.plan)
     parts, ran = row.parts(plan), []
     for number, part in enumerate(parts, 1):
         where = f"{row.name}, {number} of {len(parts)}" if len(parts) > 1 else row.name
@@ -161,7 +162,7 @@ def _niid(strategy: str, value: float) -> Row:
     name = f"niid-fashion-{strategy.lower()}"
     return Row(
         name=name,
-        plan=f"{name}.toml",
+        plan=_FOLDER / f"{name}.toml",
         case=f"Fashion-MNIST, {DEVICES} devices, Dir(0.5), {strategy}",
         metric=f"best test accuracy of 50 rounds, ± {TOLERANCE:g}",
         value=value,
@@ -176,7 +177,7 @@ def _niid(strategy: str, value: float) -> Row:
 def _spar(name: str, value: float, which: str, parts: Callable[[Plan], Sequence[Simulated]]) -> Row:
     return Row(
         name=name,
-        plan="spar-people.toml",
+        plan=_FOLDER / "spar-people.toml",
         case=f"SPAR, one device a person, {which}",
         metric="accuracy over five folds",
         value=value,

@@ -1,13 +1,16 @@
 """A simulation that broke off goes on from its directory and comes to the same end."""
 
+import json
 from dataclasses import replace
 
 import msgspec
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from atoll.federation import plan as plans
 from atoll.federation.errors import BadCheckpoint
+from atoll.server.cli import app
 from atoll.simulations import kept, simulate
 from atoll.simulations.kept import Kept
 from atoll.simulations.populations import named
@@ -113,3 +116,23 @@ def test_a_simulation_is_known_by_what_its_plan_says_and_not_by_the_defaults():
     assert kept.identity(short, 3, None) == kept.identity(long, 3, None)
     labelled = plans.loads('name = "a"\ntask = "digits"\nmodel = "m"\n[cohort.labels]\nx = "y"')
     assert kept.identity(short, 3, None) != kept.identity(labelled, 3, None)
+
+
+def test_the_command_goes_on_from_its_directory(tmp_path):
+    file, there = tmp_path / "plan.toml", tmp_path / "there"
+    file.write_text(
+        'name = "a"\ntask = "digits"\nmodel = "m"\nrounds = 3\n[privacy]\nmode = "plain"'
+    )
+
+    def atoll(*more):
+        words = ["simulate", str(file), "--devices", "4", "--every", "1", "--json", *more]
+        said = CliRunner().invoke(app, words)
+        assert said.exit_code == 0, said.output
+        return json.loads(said.stdout)
+
+    whole = atoll()
+    first, again = (atoll("--checkpoint", str(there)) for _ in range(2))
+    assert [done["accuracy"] is not None for done in whole["history"]] == [True, True, False]
+    assert first["accuracy"] == again["accuracy"] == whole["accuracy"]
+    assert again["history"] == first["history"]
+    assert again["rounds"]["done"] == 3
