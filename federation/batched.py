@@ -318,7 +318,12 @@ class _Stack:
         places_of = {i: place for place, i in enumerate(order)}
         vectors = self._vectors(values, len(clients))
         return [
-            Trained(vectors[places_of[i]], float(mean[places_of[i]])) for i in range(len(clients))
+            Trained(
+                vectors[places_of[i]],
+                float(mean[places_of[i]]),
+                int(np.count_nonzero(plan.counts[:, places_of[i]])),
+            )
+            for i in range(len(clients))
         ]
 
     def _descend(

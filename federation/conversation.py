@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from atoll.federation import messages, parameters, release, robust
 from atoll.federation.cohort import Cohort
 from atoll.federation.errors import BadMessage
-from atoll.federation.exchange import Clock, exchange
+from atoll.federation.exchange import Clock, converse
 from atoll.federation.parameters import Vector
 from atoll.federation.plan import Plan
 from atoll.federation.riders import Riders
@@ -158,7 +158,7 @@ class Conversation:
         losses = [self._losses[name] for name in self._survivors if name in self._losses]
         present = set(self._present)
         dropped = {
-            name: self._dropped.get(name, self.why or "its term did not get into the sum")
+            name: self._dropped.get(name, self.why or self._late)
             if name in present
             else "not connected"
             for name in self._drawn
@@ -176,34 +176,49 @@ class Conversation:
             clip_norm=self._spec.clip_norm,
         )
 
+    @property
+    def _late(self) -> str:
+        """Say why a device that did not fail is not in the sum."""
+        enough = self._setting.plan.cohort.enough
+        if enough is not None and len(self._survivors) >= enough:
+            return f"{enough} others were faster, and they were enough"
+        return "its term did not get into the sum"
+
     def _phase(self, hub: HubSum, ask: Ask, sums: SumSpec) -> None:
-        """Send one phase to its parties and fold in what comes back in time."""
+        """Send one phase to its parties and fold in each reply as it comes."""
         setting, contribution = self._setting, ask.phase == CONTRIBUTE
+        enough = setting.plan.cohort.enough if contribution else None
+        taken = 0
         work = [self._work()] if contribution else []
-        replies = exchange(
+        contents = {
+            name: messages.pack(self._sum_ask(sums, ask.phase, name, payload), *work)
+            for name, payload in ask.payloads.items()
+        }
+        self._down += sum(messages.size(content) for content in contents.values())
+        for name, content, failure in converse(
             setting.grid,
             setting.cohort.nodes,
             messages.TRAIN if contribution else messages.SUM,
-            {
-                name: messages.pack(self._sum_ask(sums, ask.phase, name, payload), *work)
-                for name, payload in ask.payloads.items()
-            },
+            contents,
             setting.plan.cohort.round_timeout,
             group=str(self._number),
             clock=setting.clock,
-        )
-        self._down += replies.bytes_down
-        self._up += replies.bytes_up
-        self._dropped.update(replies.failed)
-        for name, content in replies.content.items():
+        ):
+            if content is None:
+                self._dropped[name] = failure
+                continue
+            self._up += messages.size(content)
             try:
                 hub.receive(name, messages.unpack(content, messages.SumReply).payload)
                 if contribution:
                     loss = messages.unpack(content, messages.TrainReply).loss
                     if math.isfinite(loss):
                         self._losses[name] = loss
+                taken += 1
             except (Refused, BadMessage) as error:
                 self._dropped[name] = str(error)
+            if taken == enough:
+                break
 
     def _sum_ask(self, sums: SumSpec, phase: str, name: str, payload: bytes) -> messages.SumAsk:
         return messages.SumAsk(
@@ -244,4 +259,5 @@ class Conversation:
             example_sampling_rate=examples.sampling_rate if examples else 0.0,
             proximal=plan.training.proximal,
             most_steps=riders.most_steps,
+            seconds=plan.training.deadline or 0.0,
         )

@@ -58,6 +58,10 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     survivors the :class:`SumAsk` says; what rides is :class:`atoll.federation.riders.Riders`.
     ``proximal`` is μ of FedProx; with ``most_steps`` above 0 the update is divided by its effective
     steps (:func:`atoll.federation.strategies.effective_steps`).
+    ``counted`` is the last round of the run whose sum this device's term is known to be in, 0 for
+    none: up to it, what the device carries from round to round stands
+    (:mod:`atoll.federation.kept`). With ``seconds`` above 0, local training ends after so many with
+    what it has come to.
     With ``example_steps`` above 0 it is DP-SGD (:class:`atoll.federation.plan.ExamplePrivacy`).
     """
 
@@ -82,6 +86,8 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     example_sampling_rate: float = 0.0
     proximal: float = 0.0
     most_steps: float = 0.0
+    counted: int = 0
+    seconds: float = 0.0
 
 
 class EvaluateAsk(msgspec.Struct, frozen=True, kw_only=True, tag="evaluate"):

@@ -40,6 +40,13 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     (:mod:`atoll.federation.riders`); a device of more steps than ``step_cap`` counts there as one
     of so many. ``privacy.clip_norm`` is then that of one effective step. None: nothing is divided.
     """
+    deadline: PositiveFloat | None = None
+    """Seconds of local training after which a device sends what it has come to (partial work).
+
+    A slow device then takes fewer steps instead of dropping out, as FedProx has it (Li et al.,
+    MLSys 2020, definition 2). With ``step_cap`` what it sends counts as much as others' updates.
+    A run with a deadline is not repeatable. None: all epochs, however long they take.
+    """
     strategy: Literal["fedavg", "fedadam", "fedyogi", "fedadagrad"] = "fedavg"
     """What the hub makes of the mean update (:mod:`atoll.federation.strategies`).
 
@@ -124,8 +131,30 @@ class Cohort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Fewer survivors than this and a round is thrown away."""
     round_timeout: PositiveFloat = 120.0
     """Seconds before a device that has not answered counts as dropped out."""
+    enough: Positive | None = None
+    """So many contributions end a round's wait for more; who has not answered yet drops out.
+
+    The round is then as fast as its ``enough`` fastest devices, and slow ones take part less
+    often. Below the size of the cohort, that is over-selection (Bonawitz et al., MLSys 2019, ask
+    130 %). None: everyone is waited for, ``round_timeout`` at most.
+    """
     sampling_rate: Annotated[float, Meta(gt=0, le=1)] | None = None
     """Probability with which an enrolled trainer is in a round's cohort; none: everyone is."""
+
+    def __post_init__(self) -> None:
+        """Refuse to end rounds before they count, and draws that are not a device's own."""
+        if self.enough is None:
+            return
+        if self.enough < self.min_devices:
+            raise ValueError(
+                f"enough = {self.enough} ends a round below min_devices = {self.min_devices}: "
+                "raise enough, or leave it out"
+            )
+        if self.sampling_rate is not None:
+            raise ValueError(
+                "with enough, who is in a round depends on how fast the others are, and "
+                "sampling_rate promises that it does not: leave one of them out"
+            )
 
 
 class ExamplePrivacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -261,6 +290,11 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(
                 "training.step_cap evens out devices of unequal steps, and under "
                 "[privacy.examples] all take privacy.examples.steps: leave training.step_cap out"
+            )
+        if self.training.deadline is not None and self.privacy.examples is not None:
+            raise ValueError(
+                "training.deadline ends local epochs, and under [privacy.examples] a device "
+                "takes privacy.examples.steps: leave training.deadline out"
             )
         if self.aggregation.rule != "mean":
             _check_rule(self)

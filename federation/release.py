@@ -83,6 +83,12 @@ def check_population(plan: Plan, trainers: int) -> None:
             f"privacy.delta = {delta:g} allows to give one of {trainers} devices away in full; "
             f"set it well below {1 / trainers:.1g}"
         )
+    enough = plan.cohort.enough
+    if plan.privacy.mode == "secagg" and enough is not None and 2 * enough <= trainers:
+        raise BadParameters(
+            f"cohort.enough = {enough} of {trainers} trainers: masked sums are opened by more than "
+            f"half of those who are in them; raise enough to {trainers // 2 + 1}"
+        )
     if rate is not None and rate * trainers < plan.cohort.min_devices:
         raise BadParameters(
             f"cohort.sampling_rate = {rate:g} draws {rate * trainers:.3g} of {trainers} trainers "

@@ -5,7 +5,7 @@ weights and examples give the same result on the same build of torch.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, NamedTuple
 
@@ -23,10 +23,11 @@ _EVALUATION_BATCH: Final = 256
 
 
 class Trained(NamedTuple):
-    """New weights float32 ``(n,)`` and the mean cross-entropy over the last epoch."""
+    """New weights float32 ``(n,)``, the mean cross-entropy over the last epoch, steps taken."""
 
     weights: Vector
     loss: float
+    steps: int
 
 
 class Evaluated(NamedTuple):
@@ -48,9 +49,17 @@ def local_seed(seed: int, run: str, round_number: int, party: str) -> int:
 
 
 def train(
-    model: nn.Module, weights: Vector, examples: Examples, training: Training, seed: int
+    model: nn.Module,
+    weights: Vector,
+    examples: Examples,
+    training: Training,
+    seed: int,
+    *,
+    ended: Callable[[], bool] = lambda: False,
 ) -> Trained:
-    """Run local SGD from ``weights``.
+    """Run local SGD from ``weights``, until it is done or ``ended`` says that time is up.
+
+    That is asked after every step, so that one is taken at least.
 
     A trailing batch of one row is left out when there are others: batch statistics need two.
     Raises :class:`DataMissing` when there are no examples.
@@ -64,8 +73,10 @@ def train(
         model.train()
         x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
         descent = Sgd(model, training)
-        loss_sum, seen = 0.0, 0
+        loss_sum, seen, steps, late = 0.0, 0, 0, False
         for _ in range(training.local_epochs):
+            if late:
+                break
             loss_sum, seen = 0.0, 0
             for batch in torch.split(torch.randperm(rows), training.batch_size):
                 if len(batch) == 1 and rows > 1:
@@ -76,7 +87,10 @@ def train(
                 descent.step()
                 loss_sum += float(loss.detach()) * len(batch)
                 seen += len(batch)
-        return Trained(flatten(model), loss_sum / max(seen, 1))
+                steps += 1
+                if late := ended():
+                    break
+        return Trained(flatten(model), loss_sum / max(seen, 1), steps)
 
 
 def local_steps(rows: int, training: Training) -> int:

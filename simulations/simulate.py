@@ -28,7 +28,7 @@ import msgspec
 import numpy as np
 from torch import nn
 
-from atoll.federation import batched, parameters, release, rounds, training
+from atoll.federation import batched, local_update, parameters, release, rounds, training
 from atoll.federation.batched import Client
 from atoll.federation.checkpoints import Checkpoint
 from atoll.federation.cohort import draw
@@ -37,7 +37,6 @@ from atoll.federation.errors import BadPlan, RoundFailed, Unbatchable
 from atoll.federation.parameters import Vector
 from atoll.federation.plan import Cohort, Plan, Privacy
 from atoll.federation.riders import Riders
-from atoll.federation.strategies import effective_steps
 from atoll.federation.task import Task
 from atoll.federation.training import Trained
 from atoll.privacy import modes, update
@@ -226,6 +225,10 @@ def check(plan: Plan, size: int, cohort: int | None, length: int) -> None:
                 raise BadPlan(
                     f"{field.name} cannot be simulated; leave it out, or run the plan on devices"
                 )
+    if plan.training.deadline is not None:
+        raise BadPlan(
+            "simulated devices take no time that a deadline could end; leave training.deadline out"
+        )
     if cohort is not None and plan.cohort.sampling_rate is not None:
         raise BadPlan(
             "the plan draws its cohorts by cohort.sampling_rate; leave a fixed size of the "
@@ -374,14 +377,14 @@ def name_of(device: int) -> str:
 
 
 def _term(trained: Trained, told: _Told, weights: Vector, spec: UpdateSpec, plan: Plan) -> Integers:
-    """Return a device's term, as :mod:`atoll.federation.client_app` makes it."""
-    change, riders, how = trained.weights - weights, Riders.of(plan), plan.training
-    steps = 0.0
-    if riders.most_steps:
-        steps = effective_steps(training.local_steps(told.rows, how), how)
-    if steps:
-        change = change / np.float32(steps)
-    within = update.norm(change) <= spec.clip_norm
-    behind = riders.values(told.rows, within=within, steps=steps)
-    rng = Keystream.replayable(told.seed)
-    return update.encode(change, spec, rng, riders.weight(told.rows), behind)
+    """Return a device's term."""
+    how = plan.training
+    return local_update.encoded(
+        trained.weights - weights,
+        told.rows,
+        trained.steps,
+        how,
+        Riders.of(plan),
+        spec,
+        Keystream.replayable(told.seed),
+    )

@@ -275,7 +275,7 @@ def test_a_round_takes_as_much_memory_whatever_the_population(rate) -> None:
         plan = plan_of(cohort={"sampling_rate": share, "min_devices": 2})
         trainer = simulate.Trainer(
             lambda weights, clients: (
-                simulate.Trained(weights + len(one.examples.y) * 1e-6, 0.0) for one in clients
+                simulate.Trained(weights + len(one.examples.y) * 1e-6, 0.0, 1) for one in clients
             ),
             "batched",
         )
