@@ -29,8 +29,7 @@ import torch
 
 from atoll.federation import plan as plans
 from atoll.federation.plan import Plan
-from atoll.simulations import populations, simulate, spar_folds
-from atoll.simulations.kept import Kept
+from atoll.simulations import populations, resumable, simulate, spar_folds
 from atoll.simulations.populations import Simulated
 from atoll.simulations.simulate import Round
 from atoll.simulations.simulate_report import line
@@ -120,19 +119,7 @@ def run(row: Row, checkpoint: Path | None, say: Callable[[str], None]) -> float:
 def _ran(
     plan: Plan, part: Simulated, every: int, folder: Path | None, tell: Callable[[Round], None]
 ) -> Ran:
-    kept = None if folder is None else Kept(folder, plan, part.population.size, None)
-    heard = [] if kept is None else list(kept.rounds)
-
-    def on_round(done: Round) -> None:
-        heard.append(done)
-        tell(done)
-
-    if kept is None:
-        ended = simulate.run(plan, part, None, on_round, every=every)
-    else:
-        ended = simulate.run(
-            plan, part, None, on_round, every=every, start=kept.start, keep=kept.keep
-        )
+    ended, heard = resumable.run(plan, part, None, tell, every=every, directory=folder)
     seen = [done.accuracy for done in heard if done.accuracy is not None]
     tested = sum(
         len(held.y) for held in populations.evaluated_on(part.population, simulate.EVALUATORS)

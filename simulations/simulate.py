@@ -139,7 +139,7 @@ def run(
     name: str = RUN,
     every: int = EVERY,
     start: Checkpoint | None = None,
-    keep: Callable[[Checkpoint, Round], None] = lambda *_: None,
+    keep: Callable[[Checkpoint, Round], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Ended:
     """Run the plan's rounds on ``simulated`` devices.
@@ -148,7 +148,7 @@ def run(
     says; ``cohort`` sets a fixed number of devices, each
     such set as likely, for a plan without a sampling rate. ``on_round`` hears of every round.
     ``keep`` gets the state after each, from which another run of the same goes on as its
-    ``start`` and comes to the same end (:mod:`atoll.simulations.kept`).
+    ``start`` and comes to the same end (:mod:`atoll.simulations.resumable`).
 
     Raises :class:`BadPlan` for what cannot be simulated,
     :class:`atoll.privacy.errors.BadParameters` for a plan that cannot be private or decoded,
@@ -196,7 +196,8 @@ def run(
             accuracy=accuracy(model, state.result, population) if looked else None,
         )
         state = replace(state, ended=number)
-        keep(state, done)
+        if keep:
+            keep(state, done)
         on_round(done)
         if failures == rounds.PATIENCE:
             raise RoundFailed(

@@ -18,8 +18,7 @@ from rich.table import Table
 
 from atoll.federation import plan as plans
 from atoll.federation.plan import Plan
-from atoll.simulations import populations, simulate
-from atoll.simulations.kept import Kept
+from atoll.simulations import populations, resumable
 from atoll.simulations.simulate import Ended, Round
 
 OnRound = Callable[[Round], None]
@@ -79,21 +78,11 @@ def facts_of(
         seed=plan.seed if seed is None else seed,
     )
     simulated = populations.named(plan.task, devices, plan.seed)
-    kept = None if checkpoint is None else Kept(checkpoint, plan, devices, cohort)
-    heard = [] if kept is None else list(kept.rounds)
     began = time.perf_counter()
     with _progress(plan.rounds, Console(stderr=True)) as show, _threads(threads):
-
-        def on_round(done: Round) -> None:
-            heard.append(done)
-            show(done)
-
-        if kept is None:
-            ended = simulate.run(plan, simulated, cohort, on_round, every=every)
-        else:
-            ended = simulate.run(
-                plan, simulated, cohort, on_round, every=every, start=kept.start, keep=kept.keep
-            )
+        ended, heard = resumable.run(
+            plan, simulated, cohort, show, every=every, directory=checkpoint
+        )
     return gather(plan, devices, heard, ended, time.perf_counter() - began, peak_memory())
 
 

@@ -10,7 +10,7 @@ there are and of the cohort.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
@@ -20,12 +20,47 @@ import msgspec
 from atoll.federation.checkpoints import Checkpoint, Checkpoints
 from atoll.federation.errors import BadCheckpoint
 from atoll.federation.plan import Plan
-from atoll.simulations.simulate import RUN, Round
+from atoll.simulations import simulate
+from atoll.simulations.populations import Simulated
+from atoll.simulations.simulate import RUN, Ended, Round
 
 ROUNDS: Final = "rounds.jsonl"
 
 
-class Kept:
+def run(
+    plan: Plan,
+    simulated: Simulated,
+    cohort: int | None,
+    on_round: Callable[[Round], None],
+    *,
+    every: int,
+    directory: Path | None,
+) -> tuple[Ended, list[Round]]:
+    """Run the simulation from where it stands in ``directory``; return all of its rounds as well.
+
+    None keeps nothing. ``on_round`` hears of the rounds that are run now. Raises what
+    :func:`simulate.run` does, and :class:`BadCheckpoint`.
+    """
+    there = directory and Resumable(directory, plan, simulated.population.size, cohort)
+    heard = list(there.rounds) if there else []
+
+    def tell(done: Round) -> None:
+        heard.append(done)
+        on_round(done)
+
+    ended = simulate.run(
+        plan,
+        simulated,
+        cohort,
+        tell,
+        every=every,
+        start=there.start if there else None,
+        keep=there.keep if there else None,
+    )
+    return ended, heard
+
+
+class Resumable:
     """The simulation in ``directory``, begun or not.
 
     ``start`` is the state to go on from, none where nothing is yet; ``rounds`` are those that

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from atoll.federation import plan as plans
 from atoll.federation.errors import BadCheckpoint
 from atoll.server.cli import app
-from atoll.simulations import kept, simulate
-from atoll.simulations.kept import Kept
+from atoll.simulations import resumable
 from atoll.simulations.populations import named
+from atoll.simulations.resumable import Resumable
 
 PLAN = plans.loads("""
 name = "test"
@@ -42,25 +42,20 @@ class Stopped(Exception):
     pass
 
 
-def go(folder, plan=PLAN, stop_after=None):
-    there = Kept(folder, plan, 30, None)
-    heard = list(there.rounds)
-
+def go(folder, stop_after=None):
     def on_round(done):
-        heard.append(done)
         if done.round == stop_after:
             raise Stopped
 
-    ended = simulate.run(
-        plan, named("digits", 30, plan.seed), None, on_round, every=2, start=there.start,
-        keep=there.keep,
-    )  # fmt: skip
+    ended, heard = resumable.run(
+        PLAN, named("digits", 30, PLAN.seed), None, on_round, every=2, directory=folder
+    )
     return ended, [replace(done, seconds=0.0) for done in heard]
 
 
 def test_it_ends_as_if_it_had_never_broken_off(tmp_path):
     """Cohorts, noise, clipping norm, momentum, the mean of the last rounds and ε included."""
-    whole, rounds = go(tmp_path / "whole")
+    whole, rounds = go(None)
     for stop_after in (2, 6):
         with pytest.raises(Stopped):
             go(tmp_path / "parts", stop_after=stop_after)
@@ -81,20 +76,20 @@ def test_what_has_ended_is_told_again_without_a_round(tmp_path):
 def test_a_line_past_the_state_is_dropped(tmp_path):
     with pytest.raises(Stopped):
         go(tmp_path, stop_after=3)
-    lines = tmp_path / kept.ROUNDS
+    lines = tmp_path / resumable.ROUNDS
     for torn in (lines.read_text().splitlines()[-1] + "\n", '{"round": 4, "se'):
         with lines.open("a") as file:
             file.write(torn)
-        assert [done.round for done in Kept(tmp_path, PLAN, 30, None).rounds] == [1, 2, 3]
+        assert [done.round for done in Resumable(tmp_path, PLAN, 30, None).rounds] == [1, 2, 3]
     assert lines.read_text().count("\n") == 3
 
 
 def test_lines_that_are_gone_are_not_made_up(tmp_path):
     with pytest.raises(Stopped):
         go(tmp_path, stop_after=3)
-    (tmp_path / kept.ROUNDS).write_text("")
+    (tmp_path / resumable.ROUNDS).write_text("")
     with pytest.raises(BadCheckpoint, match="tells of 0 rounds"):
-        Kept(tmp_path, PLAN, 30, None)
+        Resumable(tmp_path, PLAN, 30, None)
 
 
 def test_another_simulation_is_refused(tmp_path):
@@ -103,7 +98,7 @@ def test_another_simulation_is_refused(tmp_path):
     other = msgspec.structs.replace(PLAN, seed=4)
     for plan, devices, cohort in ((other, 30, None), (PLAN, 31, None), (PLAN, 30, 5)):
         with pytest.raises(BadCheckpoint, match="belongs to run"):
-            Kept(tmp_path, plan, devices, cohort)
+            Resumable(tmp_path, plan, devices, cohort)
 
 
 def test_a_simulation_is_known_by_what_its_plan_says_and_not_by_the_defaults():
@@ -112,10 +107,10 @@ def test_a_simulation_is_known_by_what_its_plan_says_and_not_by_the_defaults():
         'name = "a"\ntask = "digits"\nmodel = "m"\nrounds = 10\n[privacy]\nbits = 16'
     )
     assert short == long
-    assert set(kept._said(short)) == {"name", "task", "model"}
-    assert kept.identity(short, 3, None) == kept.identity(long, 3, None)
+    assert set(resumable._said(short)) == {"name", "task", "model"}
+    assert resumable.identity(short, 3, None) == resumable.identity(long, 3, None)
     labelled = plans.loads('name = "a"\ntask = "digits"\nmodel = "m"\n[cohort.labels]\nx = "y"')
-    assert kept.identity(short, 3, None) != kept.identity(labelled, 3, None)
+    assert resumable.identity(short, 3, None) != resumable.identity(labelled, 3, None)
 
 
 def test_the_command_goes_on_from_its_directory(tmp_path):
