@@ -28,6 +28,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from atoll.federation import plan as plans
+from atoll.federation.errors import FederationError
 from atoll.federation.plan import Plan
 from atoll.simulations import populations, resumable, simulate, spar_folds
 from atoll.simulations.populations import Simulated
@@ -201,7 +202,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)  # networks this small train fastest so
     rows = [row for row in ROWS if not given.only or row.name in given.only]
-    found = [report(row, run(row, given.checkpoint, _say)) for row in rows]
+    try:
+        found = [report(row, run(row, given.checkpoint, _say)) for row in rows]
+    except FederationError as error:
+        parser.error(str(error))
     if given.json:
         sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     for row in () if given.json else found:

@@ -4,6 +4,9 @@ A directory holds one simulation: its last state (:mod:`atoll.federation.checkpo
 of JSON for each of its rounds. The line is written first; lines past the state are of a
 round that will be done again, and are dropped.
 
+What comes out is what would have come out (:func:`simulate.run` says why), but for one thing: how
+many rounds in a row were thrown away is counted anew.
+
 What goes on must be what began: the state carries a digest of the plan, of how many devices
 there are and of the cohort.
 """

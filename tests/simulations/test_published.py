@@ -12,6 +12,7 @@ from atoll.federation import plan as plans
 from atoll.simulations import fashion, partition, populations, published, simulate
 from atoll.simulations.populations import Simulated
 from atoll.simulations.published import Ran
+from benchmarks.results import document
 from benchmarks.rows import Row as BenchmarkRow
 
 SMALL = """
@@ -54,6 +55,8 @@ def test_rows_are_those_of_benchmarks() -> None:
     row = published.report(published.ROWS[0], 99.2)
     assert msgspec.convert(row, BenchmarkRow, strict=True).met is True
     assert set(row) == {field.name for field in msgspec.structs.fields(BenchmarkRow)}
+    said = document([("published", [row])], "a machine")
+    assert "| 99.2 % | 99.1 % | 99.6 %, Burns et al. 2018 |" in said
 
 
 def test_the_table_is_the_published_one() -> None:
@@ -161,6 +164,13 @@ def test_weights_are_those_of_examples_and_nothing_is_clipped() -> None:
             expected = (shares @ np.array(steps)) * (shares @ per_step)
         assert np.abs(expected).max() > 1e-3
         np.testing.assert_allclose(ended.weights - start, expected, atol=2e-5)
+
+
+def test_missing_data_is_said_in_one_sentence(capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv(fashion.VARIABLE, str(tmp_path))
+    with pytest.raises(SystemExit, match="2"):
+        published.main(["--only", "niid-fashion-fedavg"])
+    assert "apt-get install dataset-fashion-mnist" in capsys.readouterr().err
 
 
 def test_the_command_prints_rows_for_programs(tmp_path, capsys, monkeypatch) -> None:
