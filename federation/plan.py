@@ -40,6 +40,13 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     (:mod:`atoll.federation.riders`); a device of more steps than ``step_cap`` counts there as one
     of so many. ``privacy.clip_norm`` is then that of one effective step. None: nothing is divided.
     """
+    control_steps: Annotated[int, Meta(ge=1, le=100_000)] | None = None
+    """SCAFFOLD (Karimireddy et al., ICML 2020): gradients are corrected for how devices differ.
+
+    A device then keeps a control variate from round to round, and its change rides behind the
+    update in a term twice as long (:mod:`atoll.federation.control`). So many local steps are those
+    of an ordinary device; they make the change as long as the update. None: nothing is corrected.
+    """
     deadline: PositiveFloat | None = None
     """Seconds of local training after which a device sends what it has come to (partial work).
 
@@ -97,10 +104,15 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "server_tau belongs to fedadam, fedyogi and fedadagrad; fedavg adapts nothing: "
                 "leave it out, or change strategy"
             )
-        if self.step_cap is not None and self.momentum >= 1:
+        if self.momentum >= 1 and (self.step_cap is not None or self.control_steps is not None):
             raise ValueError(
                 f"momentum = {self.momentum:g} never lets a gradient go, so steps have no weights "
-                "to divide an update by: lower momentum, or leave step_cap out"
+                "to divide an update by: lower momentum, or leave step_cap and control_steps out"
+            )
+        if self.control_steps is not None and (self.proximal or self.step_cap is not None):
+            raise ValueError(
+                "control_steps corrects what proximal and step_cap make up for, and reckons with "
+                "neither: leave those out, or control_steps"
             )
         if self.learning_rate * self.proximal >= 2 * (1 + self.momentum):
             raise ValueError(
@@ -272,6 +284,12 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     """The name under which the trained model is published."""
     rounds: Positive = 10
+    evaluate_every: Positive | None = None
+    """Ask all devices for the accuracy after every so many trained rounds; none: at the end alone.
+
+    It costs a message with the weights to each device, and what they answer, examples and how
+    many were right, comes in the clear and without noise (:mod:`atoll.federation.interim`).
+    """
     seed: int = 0
     training: Training = Training()
     cohort: Cohort = Cohort()
@@ -290,6 +308,11 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(
                 "training.step_cap evens out devices of unequal steps, and under "
                 "[privacy.examples] all take privacy.examples.steps: leave training.step_cap out"
+            )
+        if self.training.control_steps is not None and self.privacy.examples is not None:
+            raise ValueError(
+                "control variates for [privacy.examples] are not there yet: leave "
+                "training.control_steps out"
             )
         if self.training.deadline is not None and self.privacy.examples is not None:
             raise ValueError(
@@ -319,10 +342,11 @@ def _check_rule(plan: Plan) -> None:
         plan.training.weighting != "equal"
         or plan.privacy.clip != "fixed"
         or plan.training.step_cap is not None
+        or plan.training.control_steps is not None
     ):
         raise ValueError(
             f'{rule} takes every device for one: use weighting = "equal" and clip = "fixed", '
-            "and leave step_cap out"
+            "and leave control_steps and step_cap out"
         )
     fewest = needed(asked.rule, asked.byzantine)
     if least < fewest:

@@ -32,6 +32,11 @@ def update_spec(plan: Plan, clip_norm: float) -> UpdateSpec:
     )
 
 
+def values(plan: Plan, parameters: int) -> int:
+    """Return how many values a term has before what rides, for a model of ``parameters``."""
+    return parameters * (2 if plan.training.control_steps else 1)
+
+
 def amplification(plan: Plan, connected: int) -> float | None:
     """Return the sampling probability that the ledger may count on, or none.
 

@@ -35,7 +35,7 @@ from typing import Final, Literal
 import numpy as np
 from flwr.serverapp import Grid
 
-from atoll.federation import release, strategies
+from atoll.federation import interim, release, strategies
 from atoll.federation.checkpoints import Checkpoint, Checkpoints
 from atoll.federation.cohort import Cohort, Member, await_trainers, draw
 from atoll.federation.conversation import Conversation, Learned, RoundReport, Setting
@@ -83,8 +83,9 @@ def run_rounds(
     before a round starts, with its number and that of the trainers that are connected, and
     returns the ε spent so far (none when nothing bounds it); when it raises
     :class:`BudgetExceeded` the run ends with what has been trained. ``on_round`` hears of every
-    round, thrown away or not. ``entropy`` is what cohorts and the hub's noise are drawn from: a
-    fresh keystream, but for tests.
+    round, thrown away or not, and again of one after which devices were asked for the accuracy.
+    ``entropy`` is what cohorts and the hub's noise are drawn from: a fresh keystream, but for
+    tests.
 
     Raises :class:`RoundFailed` when too few devices are there or answer,
     :class:`atoll.privacy.errors.BadParameters` for a plan that cannot be private or decoded,
@@ -94,7 +95,8 @@ def run_rounds(
     setting = Setting(grid, plan, cohort, run, clock, entropy)
     state = _resume(run, session, checkpoints) or Checkpoint.fresh(run, initial)
     spec = release.update_spec(plan, state.clip_norm or plan.privacy.clip_norm)
-    modes.check(plan.privacy.mode, spec, len(initial), len(cohort.trainers))
+    values = release.values(plan, len(initial))
+    modes.check(plan.privacy.mode, spec, values, len(cohort.trainers))
     release.check_population(plan, len(cohort.trainers))
     rate, least = plan.cohort.sampling_rate, plan.cohort.min_devices
     failures, hoped = 0, len(cohort.trainers)
@@ -125,18 +127,31 @@ def run_rounds(
         _save(state, checkpoints)
         drawn = cohort.trainers if rate is None else draw(cohort.trainers, rate, entropy)
         clip_norm = state.clip_norm or plan.privacy.clip_norm
-        talk = Conversation(setting, number, state.weights, clip_norm, drawn, present)
+        talk = Conversation(
+            setting,
+            number,
+            state.weights,
+            clip_norm,
+            drawn,
+            present,
+            state.counted,
+            state.control,
+        )
         learned = talk.learn(session)
         if learned is not None:
             failures = 0
-            state = replace(stepped(state, learned, plan), session=session.dump())
+            state = stepped(state, learned, plan)
+            state = replace(state, session=session.dump(), counted=talk.counted)
         elif number == repeated:
             state = replace(state, lost=state.lost + 1)
         elif len(drawn) >= least:
             failures += 1
         state = replace(state, ended=number)
         _save(state, checkpoints)
-        on_round(talk.report(epsilon))
+        report = replace(talk.report(epsilon), lost=learned is None and number == repeated)
+        on_round(report)
+        if learned is not None and interim.due(plan, state.trained):
+            on_round(interim.measured(report, setting, state.result))
         if failures == PATIENCE:
             raise RoundFailed(
                 f"{PATIENCE} rounds in a row were thrown away ({talk.why}); "
@@ -165,6 +180,7 @@ def stepped(state: Checkpoint, learned: Learned, plan: Plan) -> Checkpoint:
         tail=tail,
         tailed=tailed,
         clip_norm=learned.clip_norm,
+        control=learned.control,
     )
 
 
@@ -181,6 +197,7 @@ def _broken_off(state: Checkpoint, cohort: Cohort, clip_norm: float) -> RoundRep
         bytes_up=0,
         bytes_down=0,
         clip_norm=clip_norm,
+        lost=True,
     )
 
 

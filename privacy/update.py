@@ -313,6 +313,11 @@ def _scaled(values: Floats, spec: UpdateSpec) -> Floats:
     return direction * wanted
 
 
+def clipped(update: npt.ArrayLike, spec: UpdateSpec) -> Floats:
+    """Return ``update`` as its term has it before weight, rounding and noise, in its own unit."""
+    return _scaled(np.asarray(update, dtype=np.float64), spec) / spec.scale
+
+
 def add_noise(clipped: Clipped, spec: UpdateSpec, rng: Keystream) -> Noised:
     """Add one draw of the noise: a device's share, or all of it when it is central.
 

@@ -34,7 +34,6 @@ def simulate(
         int,
         typer.Option(help="Threads that train; for small networks one is fastest.", min=1),
     ] = 1,
-    every: Annotated[int, typer.Option(help="Rounds from one evaluation to the next.", min=1)] = 10,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -65,7 +64,6 @@ def simulate(
             rounds=rounds,
             seed=seed,
             threads=threads,
-            every=every,
             checkpoint=checkpoint,
             as_json=as_json,
         )

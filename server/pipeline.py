@@ -23,7 +23,6 @@ from flwr.serverapp import Grid
 from atoll.federation import evaluation, parameters, release, rounds
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.cohort import Cohort
-from atoll.federation.conversation import RoundReport
 from atoll.federation.errors import BadPlan, RoundFailed
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock
 from atoll.federation.messages import EvaluateReply
@@ -34,7 +33,7 @@ from atoll.fleet.bundle import Manifest
 from atoll.fleet.features import FeatureSpec
 from atoll.privacy.ledger import Event, Gaussian, Ledger, Unnoised
 from atoll.privacy.modes import HubSession
-from atoll.server import candidates, export, measures, policy
+from atoll.server import candidates, export, measures, policy, record
 from atoll.server.measures import sides_of, total
 from atoll.server.policy import Rule, Verdict
 from atoll.server.questions import Questions, Tally
@@ -43,12 +42,13 @@ from atoll.server.recording import Recorder
 CALIBRATED_SHARE: Final = 0.9999
 """Share of a tensor's values within its int8 range; the rest saturates."""
 
-_SIGNAL_AXES: Final = 2
-
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be run, by whom and over which grid. ``created`` is in Unix seconds."""
+    """What is to be run, by whom and over which grid. ``created`` is in Unix seconds.
+
+    ``attempt`` is how often the run has been started, this time included.
+    """
 
     grid: Grid
     plan: Plan
@@ -58,6 +58,7 @@ class Job:
     created: float
     rules: Sequence[Rule] = policy.RULES
     clock: Clock = SYSTEM_CLOCK
+    attempt: int = 1
 
     @property
     def questions(self) -> Questions:
@@ -110,7 +111,13 @@ def run(
         recorder.metrics(found)
 
     recorder.stage("train")
-    weights = _train(job, session, ledger, examples, recorder, note, checkpoints)
+    initial = parameters.flatten(job.task.model(job.plan.seed))
+    recorder.record(
+        record.beginning(job.plan, job.task, job.cohort, initial, job.attempt, job.created)
+    )
+    weights = _train(job, session, ledger, examples, recorder, note, checkpoints, initial)
+    digests = {"in": record.of_weights(initial), "out": record.of_weights(weights)}
+    recorder.record({"weights": digests})
     recorder.stage("evaluate")
     replies = _evaluate(job, weights)
     note(**measures.of_weights(replies, sides_of(job.cohort.trainers, replies)))
@@ -151,7 +158,9 @@ def run(
         golden=check.golden,
         facts=facts,
         verdicts=verdicts,
+        weights=digests,
     )
+    recorder.record({"files": record.files_of(manifest)})
     return Result(manifest, verdicts, facts)
 
 
@@ -176,9 +185,9 @@ def example_event(plan: Plan) -> Gaussian | None:
 
 
 def features_of(task: Task) -> FeatureSpec:
-    """Return what is watched of a task's examples: signals by moments, tables by columns."""
-    signals = len(task.input_shape) == _SIGNAL_AXES
-    return FeatureSpec(kind="channel-stats" if signals else "columns", channels=task.channels)
+    """Return what is watched of examples: signals and images by moments, tables by columns."""
+    table = len(task.input_shape) == 1
+    return FeatureSpec(kind="columns" if table else "channel-stats", channels=task.channels)
 
 
 def _train(
@@ -189,9 +198,9 @@ def _train(
     recorder: Recorder,
     note: Callable[..., None],
     checkpoints: Checkpoints | None,
+    initial: parameters.Vector,
 ) -> parameters.Vector:
     plan = job.plan
-    reports: list[RoundReport] = []
     of_example = example_event(plan)
 
     def charge(number: int, connected: int) -> float | None:
@@ -204,18 +213,14 @@ def _train(
         spent = ledger.charge(charge_id, event).epsilon_pld
         return spent if isfinite(spent) else None
 
-    def heard(report: RoundReport) -> None:
-        reports.append(report)
-        recorder.round(report)
-
     outcome = rounds.run_rounds(
         job.grid,
         plan,
         job.cohort,
         session,
         charge,
-        heard,
-        parameters.flatten(job.task.model(plan.seed)),
+        recorder.round,
+        initial,
         run=job.run,
         checkpoints=checkpoints,
         clock=job.clock,
@@ -233,14 +238,17 @@ def _train(
             "epsilon": of_examples.epsilon_pld,
             "delta": of_examples.delta,
         }
-    if plan.privacy.clip == "adaptive" and reports:
-        privacy["clip_norm"] = reports[-1].clip_norm
+    reports = recorder.rounds_told()
+    ended = [report for report in reports if not report.lost]
+    if plan.privacy.clip == "adaptive" and ended:
+        privacy["clip_norm"] = ended[-1].clip_norm
     note(
         rounds={
             "planned": plan.rounds,
             "trained": outcome.rounds,
+            "lost": len(reports) - len(ended),
             "ended": outcome.ended,
-            "seconds": sum(report.seconds for report in reports) / max(len(reports), 1),
+            "seconds": sum(report.seconds for report in ended) / max(len(ended), 1),
             "bytes_up": sum(report.bytes_up for report in reports),
             "bytes_down": sum(report.bytes_down for report in reports),
         },

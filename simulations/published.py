@@ -55,7 +55,7 @@ class Row(NamedTuple):
     """A published number and how ours comes about.
 
     ``value`` is in per cent. ``parts`` are the simulations it takes, ``measured`` what is made of
-    them, a share; ``every`` how many rounds lie between evaluations, 0: only the last is evaluated.
+    them, a share.
     """
 
     name: str
@@ -66,7 +66,6 @@ class Row(NamedTuple):
     source: str
     parts: Callable[[Plan], Sequence[Simulated]]
     measured: Callable[[Sequence[Ran]], float]
-    every: int
     higher_is_met: bool
 
 
@@ -113,14 +112,12 @@ def run(row: Row, checkpoint: Path | None, say: Callable[[str], None]) -> float:
         folder = checkpoint and (
             checkpoint / row.name / f"part-{number}" if len(parts) > 1 else checkpoint / row.name
         )
-        ran.append(_ran(plan, part, row.every or plan.rounds, folder, _teller(plan, where, say)))
+        ran.append(_ran(plan, part, folder, _teller(plan, where, say)))
     return 100 * row.measured(ran)
 
 
-def _ran(
-    plan: Plan, part: Simulated, every: int, folder: Path | None, tell: Callable[[Round], None]
-) -> Ran:
-    ended, heard = resumable.run(plan, part, None, tell, every=every, directory=folder)
+def _ran(plan: Plan, part: Simulated, folder: Path | None, tell: Callable[[Round], None]) -> Ran:
+    ended, heard = resumable.run(plan, part, None, tell, directory=folder)
     seen = [done.accuracy for done in heard if done.accuracy is not None]
     tested = sum(
         len(held.y) for held in populations.evaluated_on(part.population, simulate.EVALUATORS)
@@ -157,7 +154,6 @@ def _niid(strategy: str, value: float) -> Row:
         source=_FLOWER,
         parts=_fashion,
         measured=best,
-        every=1,
         higher_is_met=False,
     )
 
@@ -172,7 +168,6 @@ def _spar(name: str, value: float, which: str, parts: Callable[[Plan], Sequence[
         source=_BURNS,
         parts=parts,
         measured=pooled,
-        every=0,
         higher_is_met=True,
     )
 

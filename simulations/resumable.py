@@ -1,8 +1,8 @@
 """A simulation on disk after each of its rounds, so that it can break off and go on.
 
-A directory holds one simulation: its last state (:mod:`atoll.federation.checkpoints`) and a line
-of JSON for each of its rounds. The line is written first; lines past the state are of a
-round that will be done again, and are dropped.
+A directory holds one simulation: its last state (:mod:`atoll.federation.checkpoints`), a line
+of JSON for each of its rounds, and what devices carry from round to round, if they do. The
+state is written last; what is past it is of a round that will be done again, and is dropped.
 
 What comes out is what would have come out (:func:`simulate.run` says why), but for one thing: how
 many rounds in a row were thrown away is counted anew.
@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 
 from atoll.federation.checkpoints import Checkpoint, Checkpoints
 from atoll.federation.errors import BadCheckpoint
+from atoll.federation.parameters import Vector
 from atoll.federation.plan import Plan
 from atoll.simulations import simulate
 from atoll.simulations.populations import Simulated
@@ -36,7 +38,6 @@ def run(
     cohort: int | None,
     on_round: Callable[[Round], None],
     *,
-    every: int,
     directory: Path | None,
 ) -> tuple[Ended, list[Round]]:
     """Run the simulation from where it stands in ``directory``; return all of its rounds as well.
@@ -56,8 +57,8 @@ def run(
         simulated,
         cohort,
         tell,
-        every=every,
         start=there.start if there else None,
+        carried=there.carried if there else None,
         keep=there.keep if there else None,
     )
     return ended, heard
@@ -67,22 +68,39 @@ class Resumable:
     """The simulation in ``directory``, begun or not.
 
     ``start`` is the state to go on from, none where nothing is yet; ``rounds`` are those that
-    are in it. Raises :class:`BadCheckpoint` when the directory holds another simulation.
+    are in it, ``carried`` what devices carry by then: float32 ``(n,)`` by device.
+    Raises :class:`BadCheckpoint` when the directory holds another simulation.
     """
 
     def __init__(self, directory: Path, plan: Plan, devices: int, cohort: int | None) -> None:
-        self._run = identity(plan, devices, cohort)
+        self._run, self._directory = identity(plan, devices, cohort), directory
         self._checkpoints, self._lines = Checkpoints(directory), directory / ROUNDS
         found = self._checkpoints.load(self._run)
+        ended = 0 if found is None else found.ended
         self.start = None if found is None else replace(found, run=RUN)
-        self.rounds = self._read(0 if found is None else found.ended)
+        self.rounds = self._read(ended)
+        self.carried = self._load(ended)
 
     def keep(self, state: Checkpoint, done: Round) -> None:
         """Write a round, and the state after it."""
         self.rounds.append(done)
         with self._lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(done), allow_nan=False) + "\n")
+        if self.carried:
+            names = {str(device): vector for device, vector in self.carried.items()}
+            np.savez(self._carried(done.round), allow_pickle=False, **names)
         self._checkpoints.save(replace(state, run=self._run))
+        self._carried(done.round - 1).unlink(missing_ok=True)
+
+    def _carried(self, number: int) -> Path:
+        return self._directory / f"carried-{number}.npz"
+
+    def _load(self, ended: int) -> dict[int, Vector]:
+        path = self._carried(ended)
+        if not path.exists():
+            return {}
+        with np.load(path, allow_pickle=False) as file:
+            return {int(name): file[name] for name in file.files}
 
     def _read(self, ended: int) -> list[Round]:
         self._lines.parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +131,8 @@ def _said(part: msgspec.Struct) -> Mapping[str, Any]:
     said = {}
     for field in msgspec.structs.fields(part):
         value = getattr(part, field.name)
+        if field.name == "evaluate_every":
+            continue  # looking changes nothing
         if isinstance(value, msgspec.Struct):
             said[field.name] = _said(value)
         elif value != field.default:

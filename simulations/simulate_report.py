@@ -32,7 +32,6 @@ def main(
     rounds: int | None,
     seed: int | None,
     threads: int,
-    every: int,
     checkpoint: Path | None,
     as_json: bool,
 ) -> None:
@@ -47,7 +46,6 @@ def main(
         rounds=rounds,
         seed=seed,
         threads=threads,
-        every=every,
         checkpoint=checkpoint,
     )
     if as_json:
@@ -64,7 +62,6 @@ def facts_of(
     rounds: int | None,
     seed: int | None,
     threads: int,
-    every: int,
     checkpoint: Path | None,
 ) -> dict[str, Any]:
     """Simulate and return the facts; see :func:`main`.
@@ -80,9 +77,7 @@ def facts_of(
     simulated = populations.named(plan.task, devices, plan.seed)
     began = time.perf_counter()
     with _progress(plan.rounds, Console(stderr=True)) as show, _threads(threads):
-        ended, heard = resumable.run(
-            plan, simulated, cohort, show, every=every, directory=checkpoint
-        )
+        ended, heard = resumable.run(plan, simulated, cohort, show, directory=checkpoint)
     return gather(plan, devices, heard, ended, time.perf_counter() - began, peak_memory())
 
 

@@ -215,7 +215,7 @@ def test_watching_a_run_ends_as_the_run_did(atoll, running):
     said = atoll("plan", "show", gated, "--watch")
     assert said.exit_code == 0
     assert f"atoll model publish {gated}" in said.stderr
-    assert "round 2/2  loss 0.5000  2 answered, 1 dropped  1.5 s" in said.stderr
+    assert "round 2/2  loss 0.5000  2 of 3 devices  1.5 s" in said.stderr
     failed = a_run(running, "failed", reason="two devices answered", ended_at=time.time())
     said = atoll("plan", "show", failed, "--watch", "--json")
     assert said.exit_code == 1

@@ -100,7 +100,6 @@ def small(tmp_path, *sizes):
     return published.ROWS[0]._replace(
         plan=plan,
         parts=lambda plan: [populations.named(plan.task, size, 0) for size in sizes],
-        every=1,
     )
 
 
@@ -127,7 +126,7 @@ def test_a_published_row_learns_from_its_first_rounds(row) -> None:
     )
     (part,) = row.parts(plan)
     heard: list[simulate.Round] = []
-    ended = simulate.run(brief, part, None, heard.append, every=1)
+    ended = simulate.run(brief, part, None, heard.append)
     assert [done.survivors for done in heard] == [10] * 3
     assert ended.accuracy > 0.5
     assert heard[-1].loss < heard[0].loss

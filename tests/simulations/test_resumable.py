@@ -20,6 +20,7 @@ name = "test"
 task = "digits"
 model = "digits"
 rounds = 7
+evaluate_every = 2
 seed = 3
 [training]
 batch_size = 8
@@ -38,32 +39,39 @@ noise_multiplier = 0.5
 """)
 
 
+CONTROLLED = msgspec.structs.replace(
+    PLAN, training=msgspec.structs.replace(PLAN.training, control_steps=7)
+)
+
+
 class Stopped(Exception):
     pass
 
 
-def go(folder, stop_after=None):
+def go(folder, stop_after=None, plan=PLAN):
     def on_round(done):
         if done.round == stop_after:
             raise Stopped
 
     ended, heard = resumable.run(
-        PLAN, named("digits", 30, PLAN.seed), None, on_round, every=2, directory=folder
+        plan, named("digits", 30, plan.seed), None, on_round, directory=folder
     )
     return ended, [replace(done, seconds=0.0) for done in heard]
 
 
-def test_it_ends_as_if_it_had_never_broken_off(tmp_path):
+@pytest.mark.parametrize("plan", [PLAN, CONTROLLED], ids=["plain", "control variates"])
+def test_it_ends_as_if_it_had_never_broken_off(tmp_path, plan):
     """Cohorts, noise, clipping norm, momentum, the mean of the last rounds and ε included."""
-    whole, rounds = go(None)
+    whole, rounds = go(None, plan=plan)
     for stop_after in (2, 6):
         with pytest.raises(Stopped):
-            go(tmp_path / "parts", stop_after=stop_after)
-    ended, heard = go(tmp_path / "parts")
+            go(tmp_path, stop_after, plan)
+    ended, heard = go(tmp_path, plan=plan)
     assert np.array_equal(ended.weights, whole.weights)
     assert (ended.accuracy, ended.rounds) == (whole.accuracy, whole.rounds)
     assert heard == rounds
     assert len({done.drawn for done in heard}) > 1
+    assert len(list(tmp_path.iterdir())) == (3 if plan is CONTROLLED else 2)
 
 
 def test_what_has_ended_is_told_again_without_a_round(tmp_path):
@@ -116,11 +124,12 @@ def test_a_simulation_is_known_by_what_its_plan_says_and_not_by_the_defaults():
 def test_the_command_goes_on_from_its_directory(tmp_path):
     file, there = tmp_path / "plan.toml", tmp_path / "there"
     file.write_text(
-        'name = "a"\ntask = "digits"\nmodel = "m"\nrounds = 3\n[privacy]\nmode = "plain"'
+        'name = "a"\ntask = "digits"\nmodel = "m"\nrounds = 3\nevaluate_every = 1\n'
+        '[privacy]\nmode = "plain"'
     )
 
     def atoll(*more):
-        words = ["simulate", str(file), "--devices", "4", "--every", "1", "--json", *more]
+        words = ["simulate", str(file), "--devices", "4", "--json", *more]
         said = CliRunner().invoke(app, words)
         assert said.exit_code == 0, said.output
         return json.loads(said.stdout)
