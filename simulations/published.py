@@ -177,6 +177,7 @@ ROWS: Final = (
     _spar("spar-unseen", 87.3, "people who did not train", _unseen),
     _niid("FedAvg", 88.09),
     _niid("FedProx", 88.15),
+    _niid("SCAFFOLD", 88.44),
     _niid("FedNova", 88.22),
 )
 
