@@ -116,7 +116,8 @@ class Resumable:
                 f"{self._lines} tells of {len(rounds)} rounds and the state beside it of {ended}; "
                 "remove the directory to begin again"
             )
-        self._lines.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+        if text != (in_it := "".join(line + "\n" for line in whole)):
+            self._lines.write_text(in_it, encoding="utf-8")
         return rounds
 
 
