@@ -66,7 +66,9 @@ def examples(of: task.Task, data: Path) -> Callable[[Split], Rows]:
     def read(split: Split) -> Rows:
         if split not in kept:
             loaded = of.load(data, split)
-            kept[split] = Rows(loaded.x, loaded.y)
+            groups = of.groups if isinstance(of, task.Grouped) else ()
+            found = task.groups_of(of, data, split, len(loaded.y))
+            kept[split] = Rows(loaded.x, loaded.y, found, len(groups))
         return kept[split]
 
     return read

@@ -152,9 +152,36 @@ class Cohort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
     sampling_rate: Annotated[float, Meta(gt=0, le=1)] | None = None
     """Probability with which an enrolled trainer is in a round's cohort; none: everyone is."""
+    rule: Annotated[str, Meta(min_length=1, max_length=1000)] | None = None
+    """Which of them may train, in CEL over what is known of each (``device.power == "mains"``).
+
+    Looked at anew before each round; whoever falls short sits it out, and a fact that is not known
+    leaves its device out. The facts are the hub's (:mod:`atoll.server.cohort_rule`). With a
+    ``sampling_rate`` rounds are charged in full.
+    """
+    size: Positive | None = None
+    """At most so many trainers a round, in turns: those who were asked least come first."""
 
     def __post_init__(self) -> None:
-        """Refuse to end rounds before they count, and draws that are not a device's own."""
+        """Refuse turns that are to be secret, and rounds that could never be large enough."""
+        self._check_size()
+        self._check_enough()
+
+    def _check_size(self) -> None:
+        if self.size is None:
+            return
+        if self.sampling_rate is not None:
+            raise ValueError(
+                "size takes devices in turns and sampling_rate draws them, so that nobody can "
+                "tell whose turn it is: leave one of them out"
+            )
+        if self.size < self.min_devices:
+            raise ValueError(
+                f"size = {self.size} is below min_devices = {self.min_devices}: every round would "
+                "be thrown away; raise size or lower min_devices"
+            )
+
+    def _check_enough(self) -> None:
         if self.enough is None:
             return
         if self.enough < self.min_devices:
@@ -167,6 +194,15 @@ class Cohort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "with enough, who is in a round depends on how fast the others are, and "
                 "sampling_rate promises that it does not: leave one of them out"
             )
+
+    @property
+    def picks(self) -> bool:
+        """Whether a round may leave out trainers that are there, other than by a secret draw."""
+        return self.rule is not None or self.size is not None
+
+    def in_a_round(self, trainers: int) -> int:
+        """Return how many of so many trainers a round has at most."""
+        return trainers if self.size is None else min(self.size, trainers)
 
 
 class ExamplePrivacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -295,6 +331,11 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cohort: Cohort = Cohort()
     privacy: Privacy = Privacy()
     aggregation: Aggregation = Aggregation()
+    gates: dict[str, str] = {}
+    """Rules that a candidate must pass besides the hub's own, by name, in CEL over the run's facts.
+
+    Such as ``"fair to both sides" = "fairness.equalised_odds <= 0.1"``.
+    """
 
     def __post_init__(self) -> None:
         """Refuse a round of colluders alone, a step cap without a meaning, an idle rule."""

@@ -8,10 +8,12 @@ import typer
 
 from atoll.federation import plan as plans
 from atoll.federation.errors import BadPlan
-from atoll.server import cli_local
+from atoll.server import cli_local, plan_rules
+from atoll.server.cli_cohorts import put_cohorts
 from atoll.server.cli_options import Data, Json, MlflowUrl, connect, guarded, tracking
 from atoll.server.cli_progress import RunProgress, follow, outcome, put_rounds, standing_of
 from atoll.server.client import Failure, HubClient, Misuse, NotAllowed
+from atoll.server.errors import BadInput
 from atoll.server.tables import ago, note, put, put_bytes, put_facts, put_json, put_table, span
 
 app = typer.Typer(help="Train: run a plan, look at runs, approve them.", no_args_is_help=True)
@@ -161,6 +163,7 @@ def show_run(
         | outcome(found)
     )
     put_rounds(found)
+    put_cohorts(found["metrics"] or {})
 
 
 @app.command("record")
@@ -215,9 +218,9 @@ def cancel_run(run: RunId, *, data: Data = None, as_json: Json = False) -> None:
 def _read(file: Path) -> str:
     """Return a plan's text after checking it, so that a slip is told before any network."""
     try:
-        plans.load(file)
+        plan_rules.check(plans.load(file))
         return file.read_text(encoding="utf-8")
-    except BadPlan as error:
+    except (BadPlan, BadInput) as error:
         raise Misuse(str(error)) from error
 
 
@@ -241,6 +244,7 @@ def _watch(client: HubClient, run: str, *, as_json: bool) -> None:
         put_json(ended)
     else:
         put_facts({"run": run, "state": ended["state"], "why": ended["reason"]} | outcome(ended))
+        put_cohorts(ended["metrics"] or {})
     if ended["state"] not in ("gated", "published"):
         raise Failure(f"run {run} is {ended['state']}: {ended['reason'] or 'no reason is given'}")
     if ended["state"] == "gated":

@@ -17,6 +17,9 @@ POLL_SECONDS: Final = 1.0
 PATIENCE: Final = 60.0
 """Seconds for which a hub that is being restarted may be silent."""
 
+TABLED: Final = ("cohort", "fairness", "spread", "spread_left_out")
+"""Facts that :mod:`atoll.server.cli_cohorts` shows."""
+
 Run = Mapping[str, Any]
 
 
@@ -87,9 +90,11 @@ def facts(one: Run) -> list[str]:
 
 
 def outcome(run: Run) -> dict[str, object]:
-    """Return what a run's metrics say, as names and values to print."""
+    """Return what a run's metrics say, as names and values to print; but what has tables."""
     facts: dict[str, object] = {}
     for name, value in sorted((run["metrics"] or {}).items()):
+        if name in TABLED:
+            continue
         if isinstance(value, bool | int | str):
             facts[name] = value
         elif isinstance(value, float):

@@ -21,7 +21,7 @@ from atoll.federation import release
 from atoll.federation.errors import BadPlan, LinkError
 from atoll.federation.plan import Plan, loads
 from atoll.privacy.errors import BadParameters
-from atoll.server import audit, claims, desired
+from atoll.server import audit, claims, desired, plan_rules
 from atoll.server.auth import Operator
 from atoll.server.context import Clock, Nodes
 from atoll.server.errors import BadInput, Conflict, Forbidden, NotFound
@@ -115,6 +115,7 @@ def read_plan(plan_toml: str) -> Plan:
         release.check(plan)
     except BadParameters as error:
         raise BadInput(f"the plan cannot be run: {error}", "edit the plan") from error
+    plan_rules.check(plan)
     known = sorted(entry_points(group="atoll.tasks").names)
     if plan.task not in known:
         raise BadInput(
