@@ -50,9 +50,11 @@ from atoll.privacy.ledger import Event, FixedSample, Gaussian, Ledger, MemorySto
 from atoll.privacy.sums import Integers
 from atoll.privacy.update import UpdateSpec
 from atoll.server.pipeline import event_of
-from atoll.simulations.populations import Population, Simulated
+from atoll.simulations.populations import Population, Simulated, evaluated_on
 
 RUN: Final = "simulation"
+HUB: Final = "hub"
+"""Whom the hub's draws are seeded for; no device has this name."""
 EVERY: Final = 10
 """Rounds from one evaluation to the next, unless the plan says; the last is followed by one."""
 EVALUATORS: Final = 50
@@ -151,6 +153,9 @@ def run(
     *,
     name: str = RUN,
     every: int = EVERY,
+    start: Checkpoint | None = None,
+    carried: dict[int, Vector] | None = None,
+    keep: Callable[[Checkpoint, Round], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Ended:
     """Run the plan's rounds on ``simulated`` devices.
@@ -158,6 +163,9 @@ def run(
     ``name`` is the run's, from which devices' seeds come. A round's cohort is drawn as the plan
     says; ``cohort`` sets a fixed number of devices, each
     such set as likely, for a plan without a sampling rate. ``on_round`` hears of every round.
+    ``keep`` gets the state after each, from which another run of the same goes on as its
+    ``start`` and comes to the same end; ``carried`` is what devices carry by then, changed in
+    place (:mod:`atoll.simulations.resumable`).
 
     Raises :class:`BadPlan` for what cannot be simulated,
     :class:`atoll.privacy.errors.BadParameters` for a plan that cannot be private or decoded,
@@ -168,12 +176,15 @@ def run(
     initial = parameters.flatten(model)
     check(plan, population.size, cohort, len(initial))
     trainer, trained = trainer_of(task, plan), parameters.mask(model)
-    devices = _Devices(plan, population, cohort, trainer, name, trained)
+    own = {} if carried is None else carried
+    devices = _Devices(plan, population, cohort, trainer, name, trained, own)
     ledger = Ledger(MemoryStore(), plan.model, plan.privacy.budget_epsilon, plan.privacy.delta)
-    event, entropy = cost(plan, population.size, cohort), Keystream.replayable(plan.seed)
-    state, failures = Checkpoint.fresh(name, initial), 0
+    event = cost(plan, population.size, cohort)
+    state, failures = start or Checkpoint.fresh(name, initial), 0
+    for past in range(1, state.ended + 1):
+        ledger.charge(f"{name}/{past}", event)
     ended: Literal["complete", "budget"] = "complete"
-    for number in range(1, plan.rounds + 1):
+    for number in range(state.ended + 1, plan.rounds + 1):
         began = clock()
         try:
             spent = ledger.charge(f"{name}/{number}", event).epsilon_pld
@@ -181,6 +192,8 @@ def run(
             ended = "budget"
             break
         state = replace(state, begun=number)
+        # Each round has a stream of its own, so that no round needs those before it drawn again.
+        entropy = Keystream.replayable(training.local_seed(plan.seed, name, number, HUB))
         clip_norm = state.clip_norm or plan.privacy.clip_norm
         drawn = devices.drawn(entropy)
         heard = devices.learn(number, state.weights, clip_norm, drawn, entropy, state.control)
@@ -191,18 +204,20 @@ def run(
             failures += 1
         seconds = clock() - began
         looked = number % (plan.evaluate_every or every) == 0 and number < plan.rounds
-        on_round(
-            Round(
-                round=number,
-                seconds=seconds,
-                drawn=len(drawn),
-                survivors=heard.survivors,
-                loss=heard.loss,
-                epsilon=spent if math.isfinite(spent) else None,
-                clip_norm=clip_norm,
-                accuracy=accuracy(model, state.result, population) if looked else None,
-            )
+        done = Round(
+            round=number,
+            seconds=seconds,
+            drawn=len(drawn),
+            survivors=heard.survivors,
+            loss=heard.loss,
+            epsilon=spent if math.isfinite(spent) else None,
+            clip_norm=clip_norm,
+            accuracy=accuracy(model, state.result, population) if looked else None,
         )
+        state = replace(state, ended=number)
+        if keep:
+            keep(state, done)
+        on_round(done)
         if failures == rounds.PATIENCE:
             raise RoundFailed(
                 f"{failures} rounds in a row were thrown away: the updates of too many devices "
@@ -266,11 +281,13 @@ def cost(plan: Plan, size: int, cohort: int | None) -> Event:
 
 
 def accuracy(model: nn.Module, weights: Vector, population: Population) -> float:
-    """Return the share of examples held back by :data:`EVALUATORS` devices that is right."""
+    """Return the share that is right of what :data:`EVALUATORS` devices held back.
+
+    Where a population comes with a test set, of that.
+    """
     rows = correct = 0
-    for place in range(min(EVALUATORS, population.size)):
-        device = place * population.size // min(EVALUATORS, population.size)
-        done = training.evaluate(model, weights, population.examples(device, "test"))
+    for held_back in evaluated_on(population, EVALUATORS):
+        done = training.evaluate(model, weights, held_back)
         rows, correct = rows + done.rows, correct + done.correct
     return correct / rows
 

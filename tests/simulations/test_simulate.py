@@ -363,7 +363,7 @@ def test_alpha_says_how_much_devices_differ() -> None:
 
 
 def test_a_task_without_data_is_refused_by_name() -> None:
-    with pytest.raises(BadPlan, match="digits, spar"):
+    with pytest.raises(BadPlan, match="digits, fashion-mnist, spar"):
         named("nothing", 3, 0)
 
 
