@@ -3,6 +3,7 @@
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from atoll.privacy.errors import BadParameters, Refused
 from atoll.privacy.sums import Integers, SumSpec
@@ -30,10 +31,18 @@ def to_bytes(values: Integers, bound: int) -> bytes:
 
 def from_bytes(data: bytes, length: int, bound: int) -> Integers:
     """Read what :func:`to_bytes` wrote; raise :class:`Refused` for anything else."""
+    return check(view(data, length, bound).astype(np.int64), length, bound)
+
+
+def view(data: bytes | memoryview, length: int, bound: int) -> "npt.NDArray[Any]":
+    """Read what :func:`to_bytes` wrote where it lies, in its narrow integers.
+
+    Its values are still to be checked. Raises :class:`Refused` for another length.
+    """
     narrow = dtype(bound)
     if len(data) != length * narrow.itemsize:
         raise Refused(f"{len(data)} bytes instead of {length} values")
-    return check(np.frombuffer(data, dtype=narrow).astype(np.int64), length, bound)
+    return np.frombuffer(data, dtype=narrow)
 
 
 def dtype(bound: int) -> "np.dtype[Any]":
