@@ -179,11 +179,12 @@ class Conversation:
     def _phase(self, hub: HubSum, ask: Ask, sums: SumSpec) -> None:
         """Send one phase to its parties and fold in each reply as it comes."""
         setting, contribution = self._setting, ask.phase == CONTRIBUTE
-        work = [self._work()] if contribution else []
         contents = {
-            name: messages.pack(self._sum_ask(sums, ask.phase, name, payload), *work)
+            name: messages.pack(self._sum_ask(sums, ask.phase, name, payload))
             for name, payload in ask.payloads.items()
         }
+        if contribution:
+            messages.share(contents.values(), self._work())
         self._down += sum(messages.size(content) for content in contents.values())
         for name, content, failure in converse(
             setting.grid,

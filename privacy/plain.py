@@ -130,10 +130,9 @@ class PlainParty:
         before = self._answered.before(spec, payload)
         if before is not None:
             return before
-        values = terms.check(term, spec.length, spec.bound)
         reply = frames.pack(
             frames.address(spec.key, CONTRIBUTE, self._party),
-            [terms.to_bytes(values, spec.bound)],
+            [terms.to_bytes(term, spec.length, spec.bound)],
         )
         self._answered.remember(spec, payload, reply)
         return reply

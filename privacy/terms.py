@@ -9,6 +9,7 @@ from atoll.privacy.errors import BadParameters, Refused
 from atoll.privacy.sums import Integers, SumSpec
 
 _DTYPES: Final = ("<i1", "<i2", "<i4", "<i8")
+_STRETCH: Final = 1 << 16
 
 
 def check(values: Integers | None, length: int, bound: int) -> Integers:
@@ -24,9 +25,20 @@ def check(values: Integers | None, length: int, bound: int) -> Integers:
     return values
 
 
-def to_bytes(values: Integers, bound: int) -> bytes:
-    """Write values in ``±bound`` in the narrowest integers that hold them, little-endian."""
-    return values.astype(dtype(bound)).tobytes()
+def to_bytes(values: Integers | None, length: int, bound: int) -> memoryview:
+    """Check values and write them in the narrowest integers that hold them, little-endian.
+
+    Raises :class:`Refused` as :func:`check` does. Each stretch is checked and written while it is
+    in the processor's cache.
+    """
+    narrow = np.empty(length, dtype=dtype(bound))
+    if values is None or values.shape != (length,):
+        check(values, length, bound)
+    else:
+        for start in range(0, length, _STRETCH):
+            part = values[start : start + _STRETCH]
+            narrow[start : start + _STRETCH] = check(part, part.size, bound)
+    return memoryview(narrow.view(np.uint8))
 
 
 def from_bytes(data: bytes, length: int, bound: int) -> Integers:
