@@ -215,11 +215,12 @@ class Conversation:
         setting, contribution = self._setting, ask.phase == CONTRIBUTE
         enough = setting.plan.cohort.enough if contribution else None
         taken = 0
-        work = [self.work] if contribution else []
         contents = {
-            name: messages.pack(self._sum_ask(sums, ask.phase, name, payload), *work)
+            name: messages.pack(self._sum_ask(sums, ask.phase, name, payload))
             for name, payload in ask.payloads.items()
         }
+        if contribution:
+            messages.share(contents.values(), self.work)
         self._down += sum(messages.size(content) for content in contents.values())
         for name, content, failure in converse(
             setting.grid,
