@@ -13,8 +13,7 @@ from atoll.server import record, runs
 from atoll.server.accounts import accounts
 from atoll.server.answers import inside
 from atoll.server.api_access import Approver, Hub, Operating, Viewer
-from atoll.server.errors import NotFound, Unavailable
-from atoll.server.schema import rounds
+from atoll.server.errors import Unavailable
 from atoll.server.schema import runs as runs_table
 
 router: Final = APIRouter()
@@ -51,16 +50,8 @@ def list_runs(hub: Hub, _who: Viewer) -> list[dict[str, Any]]:
 @router.get("/runs/{run}", tags=["runs"])
 def show_run(run: str, hub: Hub, _who: Viewer) -> dict[str, Any]:
     """Show a run with its plan and its rounds so far."""
-    columns = [column for column in runs_table.c if column.name != "record"]
     with hub.store.read() as connection:
-        found = connection.execute(select(*columns).where(runs_table.c.id == run))
-        row = found.mappings().first()
-        if row is None:
-            raise NotFound(f"there is no run {run!r}", "see the list of runs")
-        done = connection.execute(
-            select(rounds).where(rounds.c.run == run).order_by(rounds.c.round)
-        )
-        return dict(row) | {"rounds": [dict(one) for one in done.mappings()]}
+        return runs.show(connection, run)
 
 
 @router.get("/runs/{run}/record", tags=["runs"])

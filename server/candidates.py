@@ -18,7 +18,7 @@ from atoll.fleet import bundle as bundles
 from atoll.fleet import profile as profiles
 from atoll.fleet.bundle import Golden, Manifest
 from atoll.fleet.profile import Profile
-from atoll.server import export
+from atoll.server import export, model_card
 from atoll.server.policy import Verdict
 
 GOLDEN_INPUTS: Final = 16
@@ -26,6 +26,8 @@ _CANDIDATES: Final = 4 * GOLDEN_INPUTS
 _SLACK: Final = 2.0
 _LEAST_TOLERANCE: Final = 0.01
 """Of the outputs' spread: what an exact model may differ by on another processor."""
+_NOT_SHIPPED: Final = {"rounds", "by_device", "cohort"}
+"""Facts of a run that stay at the hub."""
 
 
 class Check(NamedTuple):
@@ -96,8 +98,9 @@ def write(
         output=bundles.Output(export.OUTPUT),
         classes=task.classes,
         channels=task.channels,
-        # How long rounds took and what they sent would tell how many took part in them.
-        metrics=_numbers({name: value for name, value in facts.items() if name != "rounds"}),
+        # How long rounds took and what they sent would tell how many took part in them; and what
+        # goes to every device tells of no single one.
+        metrics=_numbers({name: it for name, it in facts.items() if name not in _NOT_SHIPPED}),
         telemetry_noise=plan.privacy.telemetry_noise,
     )
     return bundles.write(
@@ -173,6 +176,8 @@ def card(
             "",
             '"Known" devices trained the model; "unseen" ones did not.',
             "",
+            *model_card.spread(facts),
+            *model_card.fairness(facts),
             "## Gates",
             *gates,
             "",

@@ -9,13 +9,16 @@ from typing import Any, Final, Self
 
 from atoll.server.client import NoHub
 from atoll.server.progress import Standing, asked, latest, plan_of, standing, time_left
-from atoll.server.tables import note, span
+from atoll.server.tables import note, put_table, span
 from atoll.server.web_format import size
 
 ENDED: Final = ("gated", "published", "rejected", "failed", "cancelled")
 POLL_SECONDS: Final = 1.0
 PATIENCE: Final = 60.0
 """Seconds for which a hub that is being restarted may be silent."""
+
+TABLED: Final = ("cohort", "fairness", "spread", "spread_left_out")
+"""Facts that :mod:`atoll.server.cli_cohorts` shows."""
 
 Run = Mapping[str, Any]
 
@@ -87,9 +90,11 @@ def facts(one: Run) -> list[str]:
 
 
 def outcome(run: Run) -> dict[str, object]:
-    """Return what a run's metrics say, as names and values to print."""
+    """Return what a run's metrics say, as names and values to print; but what has tables."""
     facts: dict[str, object] = {}
     for name, value in sorted((run["metrics"] or {}).items()):
+        if name in TABLED:
+            continue
         if isinstance(value, bool | int | str):
             facts[name] = value
         elif isinstance(value, float):
@@ -101,6 +106,15 @@ def outcome(run: Run) -> dict[str, object]:
                     if isinstance(number, int | float):
                         facts[" ".join(filter(None, (name, inner, last)))] = f"{number:.4g}"
     return facts
+
+
+def put_rounds(run: Run) -> None:
+    """Print a run's rounds."""
+    put_table(
+        ["Round", "Seconds", "In the sum", "Loss", "Accuracy", "ε", "Up", "Down", ""],
+        [_row(done) for done in run["rounds"]],
+        "No round is done yet.",
+    )
 
 
 class RunProgress:
@@ -186,3 +200,25 @@ def _number(run: Run, place: int) -> str:
         return str(run["rounds"][place]["round"])
     before = sum(not one.get("lost") for one in run["rounds"][:place])
     return f"{before + 1}/{plan.rounds}"
+
+
+def _row(done: Mapping[str, Any]) -> list[object]:
+    """Return the cells of a round; what is not known of it is a dash."""
+    known = {
+        name: form(done[name]) if done.get(name) is not None else "–"
+        for name, form in (
+            ("loss", "{:.4f}".format),
+            ("accuracy", "{:.1%}".format),
+            ("epsilon", "{:.3g}".format),
+            ("bytes_up", size),
+            ("bytes_down", size),
+        )
+    }
+    lost = "lost" if done.get("lost") else ""
+    return [
+        done["round"],
+        f"{done['seconds']:.1f}",
+        f"{len(done['survivors'])} of {asked(done)}",
+        *known.values(),
+        lost if done["survivors"] or lost else "thrown away",
+    ]

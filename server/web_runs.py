@@ -7,6 +7,7 @@ from sqlalchemy import Connection, select
 
 from atoll.server import schema
 from atoll.server.errors import NotFound
+from atoll.server.model_card import MEASURES
 from atoll.server.progress import Standing, asked, latest, plan_of, standing, time_left
 from atoll.server.web_charts import plot
 from atoll.server.web_read import first, rows
@@ -35,6 +36,10 @@ def run_row(row: Mapping[str, Any]) -> dict[str, Any]:
         "rounds": plan.rounds if plan else 0,
         "gates": _gates(metrics.get("gates")),
         "accuracy": accuracy,
+        "spread": metrics.get("spread") or {},
+        "spread_left_out": metrics.get("spread_left_out") or {},
+        "fairness": metrics.get("fairness"),
+        "cohort": metrics.get("cohort"),
         "best": {split: by.get("int8", by.get("float")) for split, by in accuracy.items()},
         "seconds": row["ended_at"] - row["started_at"]
         if row["ended_at"] is not None and row["started_at"] is not None
@@ -70,6 +75,7 @@ def run(connection: Connection, run_id: str) -> dict[str, Any]:
         "plots": round_plots(rounds),
         "stages": stages(row),
         "progress": progress(row, rounds),
+        "measures": fairness_table(row["fairness"] or {}),
     }
 
 
@@ -193,6 +199,15 @@ def accuracy_table(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
                 split, precision = (one, other) if one not in ("float", "int8") else (other, one)
                 table.setdefault(split, {})[precision] = float(value)
     return table
+
+
+def fairness_table(found: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """Return each measure that could be told: its words, of the worst class, and the mean."""
+    return [
+        (words, found[name], found[f"{name}_mean"])
+        for name, words in MEASURES.items()
+        if name in found
+    ]
 
 
 def _gates(found: object) -> list[dict[str, Any]]:
