@@ -307,13 +307,27 @@ def quantise(
         raise BadUpdate("the update holds NaN or Inf; the device's training diverged")
     if not 0 <= weight <= 1:
         raise BadUpdate(f"weight {weight} is not in [0, 1]")
-    unit = _unit(largest)
-    if largest and unit != 1.0:
+    if largest and (unit := _unit(largest)) != 1.0:
         values = values / unit
     rounded = np.empty(values.size + spec.riders, np.int64)
     _round(values, weight * _factor(values, largest, spec), spec, rng, rounded[: values.size])
     rounded[values.size :] = _rider_integers(riders, spec, rng)
     return Clipped(rounded)
+
+
+def weighed(
+    term: Integers, weight: float, riders: int, spec: UpdateSpec, rng: Keystream
+) -> Integers:
+    """Return a bare term with its update times ``weight``, in [0, 1], and rounded without bias.
+
+    The ``riders`` behind it stay as they are. The update's norm does not pass the sensitivity.
+    At a weight of one the term is returned as it is.
+    """
+    if weight == 1:
+        return term
+    values, rounded = len(term) - riders, term.copy()
+    _round(term[:values].astype(np.float64), weight, spec, rng, rounded[:values])
+    return rounded
 
 
 def _round(
@@ -371,6 +385,14 @@ def _factor(values: npt.NDArray[np.floating[Any]], largest: float, spec: UpdateS
     if largest == 0.0:
         return 0.0
     return min(_unit(largest) * spec.scale, room / _length(values, 1.0))
+
+
+def clipped(update: npt.ArrayLike, spec: UpdateSpec) -> Floats:
+    """Return ``update`` as its term has it before weight, rounding and noise, in its own unit."""
+    values = np.asarray(update, dtype=np.float64)
+    largest = _largest(values)
+    unit = _unit(largest) if largest else 1.0
+    return values / unit * (_factor(values / unit, largest, spec) / spec.scale)
 
 
 def add_noise(clipped: Clipped, spec: UpdateSpec, rng: Keystream) -> Noised:
