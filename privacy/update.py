@@ -392,7 +392,8 @@ def clipped(update: npt.ArrayLike, spec: UpdateSpec) -> Floats:
     """Return ``update`` as its term has it before weight, rounding and noise, in its own unit."""
     values = np.asarray(update, dtype=np.float64)
     largest = _largest(values)
-    return values / _unit(largest) * (_factor(values / _unit(largest), largest, spec) / spec.scale)
+    unit = _unit(largest)
+    return values / unit * (_factor(values / unit, largest, spec) / spec.scale)
 
 
 def add_noise(clipped: Clipped, spec: UpdateSpec, rng: Keystream) -> Noised:
