@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.serverapp import Grid
 
-from atoll.federation import messages, parameters, release, robust
+from atoll.federation import codec, layout, messages, parameters, release, robust
 from atoll.federation.cohort import Cohort
 from atoll.federation.errors import BadMessage
 from atoll.federation.exchange import Clock, converse
@@ -62,7 +62,10 @@ class Learned(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What stays the same through a run; ``entropy`` is what the hub's noise is drawn from."""
+    """What stays the same through a run; ``entropy`` is what the hub's noise is drawn from.
+
+    ``frozen`` is the digest of what nobody trains (:class:`atoll.federation.layout.Layout`).
+    """
 
     grid: Grid
     plan: Plan
@@ -70,6 +73,7 @@ class Setting:
     run: str
     clock: Clock
     entropy: Keystream
+    frozen: str = ""
 
 
 class Conversation:
@@ -109,7 +113,7 @@ class Conversation:
             return None
         sums = SumSpec(
             key=RoundKey(self._setting.run, self._number),
-            length=len(self._weights) + spec.riders,
+            length=codec.summed(plan.codec, len(self._weights)) + spec.riders,
             bound=spec.bound,
             parties=len(self._present),
             min_survivors=plan.cohort.min_devices,
@@ -125,9 +129,18 @@ class Conversation:
             return None
         self._survivors = tuple(step.survivors)
         if isinstance(step, Collected):
-            return self._combined(step)
+            return self._spread(self._combined(step))
         noised = update.release(step.values, spec, self._setting.entropy)
-        return self._learned(update.decode(noised, spec))
+        return self._spread(self._learned(update.decode(noised, spec)))
+
+    def _spread(self, learned: Learned) -> Learned:
+        """Return what was learned, of all coordinates."""
+        asked, length = self._setting.plan.codec, len(self._weights)
+        if asked.kind != "random-mask":
+            return learned
+        seed = self._setting.plan.seed
+        places = codec.mask(length, asked.share or 1.0, seed, self._setting.run, self._number)
+        return learned._replace(mean=codec.spread(asked, learned.mean, places, length))
 
     def _open(self, session: HubSession, sums: SumSpec) -> HubSum:
         """Return the hub's side of the sum, which keeps its terms where the rule looks at them."""
@@ -226,7 +239,7 @@ class Conversation:
         examples = plan.privacy.examples
         return messages.TrainAsk(
             task=plan.task,
-            weights=parameters.to_bytes(self._weights),
+            weights=parameters.to_bytes(self._weights, plan.codec.downlink),
             seed=plan.seed,
             local_epochs=plan.training.local_epochs,
             batch_size=plan.training.batch_size,
@@ -246,4 +259,10 @@ class Conversation:
             example_sampling_rate=examples.sampling_rate if examples else 0.0,
             proximal=plan.training.proximal,
             most_steps=riders.most_steps,
+            layers=layout.encode(plan.layers),
+            frozen=self._setting.frozen,
+            codec=plan.codec.kind,
+            codec_share=plan.codec.share or 1.0,
+            feedback=plan.codec.feedback,
+            downlink=plan.codec.downlink,
         )

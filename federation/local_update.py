@@ -8,21 +8,31 @@ numbers that ride behind it (:mod:`atoll.federation.riders`). Simulations take
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
-from atoll.federation import messages, parameters, training
+from atoll.federation import codec, messages, parameters, personal, training
+from atoll.federation.codec import WHOLE, Sketch
 from atoll.federation.errors import BadMessage
-from atoll.federation.kept import Kept
+from atoll.federation.kept import Carried, Kept
 from atoll.federation.parameters import Vector
 from atoll.federation.plan import ExamplePrivacy, Training
 from atoll.federation.riders import Riders
 from atoll.federation.strategies import effective_steps
 from atoll.federation.task import Task
 from atoll.privacy import update
+from atoll.privacy.errors import Refused
 from atoll.privacy.keystream import Keystream
 from atoll.privacy.sums import Integers
+
+
+class Encoded(NamedTuple):
+    """A device's term, and what it keeps of its change under error feedback."""
+
+    term: Integers
+    residual: Vector | None
 
 
 def make(
@@ -30,30 +40,38 @@ def make(
 ) -> tuple[Integers, float]:
     """Return a device's term, int64 ``(length,)``, and its mean loss over the last local epoch.
 
-    ``kept`` is what the device keeps from round to round; nothing asks for it yet. Raises
-    :class:`atoll.federation.errors.DataMissing`, :class:`BadMessage` and
+    ``kept`` is what the device keeps from round to round: its own layers and what a codec left
+    out. Raises :class:`atoll.federation.errors.DataMissing`, :class:`BadMessage`,
+    :class:`atoll.federation.errors.BadPlan` for layers that the model lacks, and
     :class:`atoll.privacy.errors.BadUpdate`.
     """
-    del kept
     seed = training.local_seed(work.seed, ask.run, ask.round, ask.party)
-    before = parameters.from_bytes(work.weights)
-    model, examples, how = task.model(0), task.load(data, "train"), training_of(work)
+    before = parameters.from_bytes(work.weights, work.downlink)
+    mine = personal.Mine.of(task, work.seed, work.layers, work.frozen, kept, ask.run)
+    own = mine.before(ask.round)
+    start = mine.layout.whole(before, own)
+    model, examples, how = mine.layout.model, task.load(data, "train"), training_of(work)
     if work.example_steps:
         # Imported here: it loads Opacus, for which a device without this mode does not pay.
         from atoll.federation import example_privacy
 
         protected, secret = _example_privacy(work), Keystream.fresh()
-        done = example_privacy.train(model, before, examples, how, protected, secret)
+        done = example_privacy.train(model, start, examples, how, protected, secret)
     else:
-        done = training.train(model, before, examples, how, seed)
+        done = training.train(model, start, examples, how, seed)
     rows = len(examples.y)
     taken = work.example_steps or training.local_steps(rows, how)
     # Without noise there is nothing to keep secret in the rounding, and a seed makes the run
     # repeatable. With noise, rounding draws from the system's entropy like the noise itself.
     rng = Keystream.fresh() if work.noise_multiplier else Keystream.replayable(seed)
-    riders = riders_of(work)
-    term = encoded(done.weights - before, rows, taken, how, riders, spec_of(work, ask), rng)
-    return term, done.loss
+    residual = Carried(kept, ask.run, "residual")
+    sketch = _sketch(work, ask, len(before), residual)
+    change = mine.layout.travelling(done.weights) - before
+    made = encoded(change, rows, taken, how, riders_of(work), spec_of(work, ask), rng, sketch)
+    if sketch.residual is not None and made.residual is not None:
+        residual.put(ask.round, sketch.residual, made.residual)
+    mine.keep(ask.round, own, done.weights)
+    return made.term, done.loss
 
 
 def encoded(
@@ -64,16 +82,23 @@ def encoded(
     riders: Riders,
     spec: update.UpdateSpec,
     rng: Keystream,
-) -> Integers:
-    """Return the term of a device that came to ``change`` in ``steps`` steps on ``rows`` examples.
+    sketch: Sketch = WHOLE,
+) -> Encoded:
+    """Return what a device sends that came to ``change`` in ``steps`` steps on ``rows`` examples.
 
     Raises :class:`atoll.privacy.errors.BadUpdate` for a change that diverged.
     """
     effective = effective_steps(steps, how) if riders.most_steps else 0.0
     if effective:
         change = change / np.float32(effective)
-    behind = riders.values(rows, within=update.norm(change) <= spec.clip_norm, steps=effective)
-    return update.encode(change, spec, rng, riders.weight(rows), behind)
+    chosen, weight = sketch.chosen(change), riders.weight(rows)
+    within = update.norm(chosen.values) <= spec.clip_norm
+    behind = riders.values(rows, within=within, steps=effective)
+    clipped = update.quantise(chosen.values, spec, rng, weight, behind)
+    noised = update.noised(clipped, spec, rng)
+    return Encoded(
+        sketch.term(chosen, noised, spec.riders), sketch.left(chosen, clipped, spec, weight)
+    )
 
 
 def training_of(work: messages.TrainAsk) -> Training:
@@ -105,6 +130,25 @@ def spec_of(work: messages.TrainAsk, ask: messages.SumAsk) -> update.UpdateSpec:
         riders=riders_of(work).count,
         rider_noise_multiplier=work.rider_noise_multiplier,
     )
+
+
+def _sketch(
+    work: messages.TrainAsk, ask: messages.SumAsk, length: int, residual: Carried
+) -> Sketch:
+    """Return this round's codec; what is kept is that of the last round that counted."""
+    if not 0 < work.codec_share <= 1:
+        raise BadMessage(f"a share of {work.codec_share} of an update cannot be sent")
+    if work.codec == "top-k" and ask.mode != "plain":
+        raise Refused(f"which coordinates are largest is not said in mode {ask.mode!r}")
+    places = None
+    if work.codec == "random-mask":
+        places = codec.mask(length, work.codec_share, work.seed, ask.run, ask.round)
+    kept = None
+    if work.feedback:
+        kept = residual.as_of(work.counted, lambda: np.zeros(length, np.float32))
+        if kept.shape != (length,):
+            kept = np.zeros(length, np.float32)
+    return Sketch(work.codec, work.codec_share, places, kept)
 
 
 def _example_privacy(work: messages.TrainAsk) -> ExamplePrivacy:

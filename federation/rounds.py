@@ -35,7 +35,7 @@ from typing import Final, Literal
 import numpy as np
 from flwr.serverapp import Grid
 
-from atoll.federation import release, strategies
+from atoll.federation import codec, release, strategies
 from atoll.federation.checkpoints import Checkpoint, Checkpoints
 from atoll.federation.cohort import Cohort, Member, await_trainers, draw
 from atoll.federation.conversation import Conversation, Learned, RoundReport, Setting
@@ -76,6 +76,7 @@ def run_rounds(
     checkpoints: Checkpoints | None = None,
     clock: Clock = SYSTEM_CLOCK,
     entropy: Keystream | None = None,
+    frozen: str = "",
 ) -> Outcome:
     """Run the plan's rounds, or those that are left of them after the checkpoint.
 
@@ -84,17 +85,19 @@ def run_rounds(
     returns the ε spent so far (none when nothing bounds it); when it raises
     :class:`BudgetExceeded` the run ends with what has been trained. ``on_round`` hears of every
     round, thrown away or not. ``entropy`` is what cohorts and the hub's noise are drawn from: a
-    fresh keystream, but for tests.
+    fresh keystream, but for tests. ``initial`` is what travels of the initial weights and
+    ``frozen`` the digest of those that nobody trains (:mod:`atoll.federation.layout`).
 
     Raises :class:`RoundFailed` when too few devices are there or answer,
     :class:`atoll.privacy.errors.BadParameters` for a plan that cannot be private or decoded,
     and :class:`atoll.federation.errors.BadCheckpoint`.
     """
     entropy = entropy or Keystream.fresh()
-    setting = Setting(grid, plan, cohort, run, clock, entropy)
+    setting = Setting(grid, plan, cohort, run, clock, entropy, frozen)
     state = _resume(run, session, checkpoints) or Checkpoint.fresh(run, initial)
     spec = release.update_spec(plan, state.clip_norm or plan.privacy.clip_norm)
-    modes.check(plan.privacy.mode, spec, len(initial), len(cohort.trainers))
+    length = codec.rounded(plan.codec, len(initial))
+    modes.check(plan.privacy.mode, spec, length, len(cohort.trainers))
     release.check_population(plan, len(cohort.trainers))
     rate, least = plan.cohort.sampling_rate, plan.cohort.min_devices
     failures, hoped = 0, len(cohort.trainers)

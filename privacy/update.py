@@ -300,6 +300,11 @@ def _rider_integers(riders: Sequence[float], spec: UpdateSpec, rng: Keystream) -
     return (floor + (rng.uniform(values.size) < wanted - floor)).astype(np.int64)
 
 
+def clip(update: npt.ArrayLike, spec: UpdateSpec) -> Floats:
+    """Return a finite ``update``, ``(n,)``, as clipped as :func:`quantise` rounds it."""
+    return _scaled(np.asarray(update, dtype=np.float64), spec) / spec.scale
+
+
 def _scaled(values: Floats, spec: UpdateSpec) -> Floats:
     """Return ``values`` in integer units, their norm at most ``spec.room``."""
     room = spec.room(values.size)
@@ -341,7 +346,11 @@ def encode(
     unless the hub adds the noise. ``rng`` is ``Keystream.fresh()`` wherever there is noise.
     Raises :class:`BadUpdate` as :func:`quantise` does.
     """
-    clipped = quantise(update, spec, rng, weight, riders)
+    return noised(quantise(update, spec, rng, weight, riders), spec, rng)
+
+
+def noised(clipped: Clipped, spec: UpdateSpec, rng: Keystream) -> Integers:
+    """Return a device's term: with its share of the noise, unless the hub adds it."""
     if spec.placement == "central":
         return clipped.values
     return add_noise(clipped, spec, rng).values

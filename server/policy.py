@@ -55,6 +55,9 @@ RULES: Final[Sequence[Rule]] = (
     Rule("privacy budget", "!has(privacy.budget) || privacy.epsilon <= privacy.budget"),
 )
 
+WHOLE: Final = Rule("no layers stay on devices", "layers.local == 0.0")
+"""What a model must come up to before there is one: of layers that stay, the hub has none."""
+
 
 def judge(facts: Mapping[str, Any], rules: Iterable[Rule] = RULES) -> list[Verdict]:
     """Evaluate every rule over ``facts``, nested mappings of numbers, strings and booleans."""

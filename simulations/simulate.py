@@ -370,4 +370,4 @@ def _term(trained: Trained, told: _Told, weights: Vector, spec: UpdateSpec, plan
         Riders.of(plan),
         spec,
         Keystream.replayable(told.seed),
-    )
+    ).term
