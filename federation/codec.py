@@ -148,7 +148,7 @@ class Sketch:
         said = clipped.values[: chosen.values.size] / (spec.scale * weight)
         left = chosen.wanted.copy()
         left[... if chosen.places is None else chosen.places] = (
-            update.clip(chosen.values, spec) - said
+            update.clipped(chosen.values, spec) - said
         )
         return left.astype(np.float32)
 

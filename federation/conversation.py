@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.serverapp import Grid
 
-from atoll.federation import codec, layout, messages, parameters, release, robust
+from atoll.federation import codec, control, layout, messages, parameters, release, robust
 from atoll.federation.cohort import Cohort
 from atoll.federation.errors import BadMessage
 from atoll.federation.exchange import Clock, converse
@@ -53,11 +53,13 @@ class RoundReport:
 class Learned(NamedTuple):
     """What a round says: the mean update, or what a robust rule makes of them, float64 ``(n,)``.
 
-    ``clip_norm`` is the next clipping norm.
+    ``clip_norm`` is the next clipping norm, ``control`` the hub's next control variate, float32
+    ``(n,)``, empty where there are none.
     """
 
     mean: npt.NDArray[np.float64]
     clip_norm: float
+    control: Vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,11 @@ class Setting:
 
 
 class Conversation:
-    """One round's conversation with those of the ``drawn`` trainers who are ``present``."""
+    """One round's conversation with those of the ``drawn`` trainers who are ``present``.
+
+    ``counted`` is the last round of each device whose sum its term is in; it is told to it.
+    ``shared`` is the hub's control variate, empty while there is none.
+    """
 
     def __init__(
         self,
@@ -87,9 +93,12 @@ class Conversation:
         clip_norm: float,
         drawn: Sequence[str],
         present: Sequence[str],
+        counted: Mapping[str, int],
+        shared: Vector,
     ) -> None:
         self._setting, self._number = setting, number
         self._weights, self._drawn = weights, drawn
+        self._counted, self._shared = counted, shared
         connected = set(present)
         self._connected = len(connected)
         self._present = [name for name in drawn if name in connected]
@@ -113,7 +122,7 @@ class Conversation:
             return None
         sums = SumSpec(
             key=RoundKey(self._setting.run, self._number),
-            length=codec.summed(plan.codec, len(self._weights)) + spec.riders,
+            length=release.values(plan, len(self._weights)) + spec.riders,
             bound=spec.bound,
             parties=len(self._present),
             min_survivors=plan.cohort.min_devices,
@@ -155,23 +164,29 @@ class Conversation:
         asked = self._setting.plan.aggregation
         made = robust.combine(total.terms, asked.rule, asked.byzantine, asked.trim)
         # The rules scale with what they are given, so that the terms need not be decoded first.
-        return Learned(made / self._spec.scale, self._spec.clip_norm)
+        return Learned(made / self._spec.scale, self._spec.clip_norm, self._shared)
 
     def _learned(self, sums: update.Sums) -> Learned:
         plan, riders = self._setting.plan, Riders.of(self._setting.plan)
         trainers = len(self._setting.cohort.trainers)
         devices = release.devices(plan, trainers, self._connected, len(self._survivors))
-        return Learned(
-            riders.mean(sums, self._spec, devices),
-            riders.next_clip_norm(plan, self._spec.clip_norm, sums, devices),
+        mean, shared = control.following(
+            plan, riders.mean(sums, self._spec, devices), self._shared, devices / trainers
         )
+        clip_norm = riders.next_clip_norm(plan, self._spec.clip_norm, sums, devices)
+        return Learned(mean, clip_norm, shared)
+
+    @property
+    def counted(self) -> dict[str, int]:
+        """The last round of each device whose sum its term is in, this one included."""
+        return {**self._counted, **dict.fromkeys(self._survivors, self._number)}
 
     def report(self, epsilon: float | None) -> RoundReport:
         """Say how the round went."""
         losses = [self._losses[name] for name in self._survivors if name in self._losses]
         present = set(self._present)
         dropped = {
-            name: self._dropped.get(name, self.why or "its term did not get into the sum")
+            name: self._dropped.get(name, self.why or self._late)
             if name in present
             else "not connected"
             for name in self._drawn
@@ -189,9 +204,19 @@ class Conversation:
             clip_norm=self._spec.clip_norm,
         )
 
+    @property
+    def _late(self) -> str:
+        """Say why a device that did not fail is not in the sum."""
+        enough = self._setting.plan.cohort.enough
+        if enough is not None and len(self._survivors) >= enough:
+            return f"{enough} others were faster, and they were enough"
+        return "its term did not get into the sum"
+
     def _phase(self, hub: HubSum, ask: Ask, sums: SumSpec) -> None:
         """Send one phase to its parties and fold in each reply as it comes."""
         setting, contribution = self._setting, ask.phase == CONTRIBUTE
+        enough = setting.plan.cohort.enough if contribution else None
+        taken = 0
         work = [self._work()] if contribution else []
         contents = {
             name: messages.pack(self._sum_ask(sums, ask.phase, name, payload), *work)
@@ -217,8 +242,11 @@ class Conversation:
                     loss = messages.unpack(content, messages.TrainReply).loss
                     if math.isfinite(loss):
                         self._losses[name] = loss
+                taken += 1
             except (Refused, BadMessage) as error:
                 self._dropped[name] = str(error)
+            if taken == enough:
+                break
 
     def _sum_ask(self, sums: SumSpec, phase: str, name: str, payload: bytes) -> messages.SumAsk:
         return messages.SumAsk(
@@ -232,6 +260,7 @@ class Conversation:
             bound=sums.bound,
             parties=sums.parties,
             min_survivors=sums.min_survivors,
+            counted=self._counted.get(name, 0),
         )
 
     def _work(self) -> messages.TrainAsk:
@@ -265,4 +294,8 @@ class Conversation:
             codec_share=plan.codec.share or 1.0,
             feedback=plan.codec.feedback,
             downlink=plan.codec.downlink,
+            seconds=plan.training.deadline or 0.0,
+            control=parameters.to_bytes(self._shared),
+            control_scale=control.scale(plan.training),
+            control_retained=control.retained(plan),
         )

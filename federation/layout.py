@@ -25,7 +25,7 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -45,6 +45,7 @@ BATCHNORM: Final = "batchnorm"
 EVERYTHING: Final = Layers()
 """All weights are trained, and travel."""
 
+Kind = TypeVar("Kind", np.float32, np.bool_)
 _Places = npt.NDArray[np.bool_]
 
 
@@ -100,8 +101,8 @@ class Layout:
         rest = self.start[~(self._travels | self._local)]
         return hashlib.sha256(rest.astype("<f4").tobytes()).hexdigest() if rest.size else ""
 
-    def travelling(self, whole: Vector) -> Vector:
-        """Return a copy of what travels of all weights, float32 ``(n,)``."""
+    def travelling(self, whole: npt.NDArray[Kind]) -> npt.NDArray[Kind]:
+        """Return a copy of what travels of all weights, ``(n,)``."""
         return whole[self._travels]
 
     def local(self, whole: Vector) -> Vector:
@@ -122,6 +123,12 @@ class Layout:
         whole[self._travels] = travelling
         if local is not None and local.shape == (np.count_nonzero(self._local),):
             whole[self._local] = local
+        return whole
+
+    def alone(self, travelling: Vector) -> Vector:
+        """Return ``travelling`` at its places, zero elsewhere, float32 ``(all,)``."""
+        whole = np.zeros_like(self.start)
+        whole[self._travels] = travelling
         return whole
 
     def exported(self, travelling: Vector) -> "nn.Module":

@@ -7,14 +7,18 @@ numbers that ride behind it (:mod:`atoll.federation.riders`). Simulations take
 :func:`encoded` from here, so that there is one such path.
 """
 
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
-from atoll.federation import codec, messages, parameters, personal, training
+from atoll.federation import codec, control, messages, parameters, personal, training
 from atoll.federation.codec import WHOLE, Sketch
+from atoll.federation.control import Control
 from atoll.federation.errors import BadMessage
 from atoll.federation.kept import Carried, Kept
 from atoll.federation.parameters import Vector
@@ -27,6 +31,11 @@ from atoll.privacy.errors import Refused
 from atoll.privacy.keystream import Keystream
 from atoll.privacy.sums import Integers
 
+CONTROL: Final = "control"
+"""Under this name a device keeps its control variate."""
+RESIDUAL: Final = "residual"
+"""And under this one what it did not send."""
+
 
 class Encoded(NamedTuple):
     """A device's term, and what it keeps of its change under error feedback."""
@@ -36,21 +45,30 @@ class Encoded(NamedTuple):
 
 
 def make(
-    task: Task, data: Path, work: messages.TrainAsk, ask: messages.SumAsk, kept: Kept
+    task: Task,
+    data: Path,
+    work: messages.TrainAsk,
+    ask: messages.SumAsk,
+    kept: Kept,
+    *,
+    now: Callable[[], float] = time.monotonic,
 ) -> tuple[Integers, float]:
     """Return a device's term, int64 ``(length,)``, and its mean loss over the last local epoch.
 
-    ``kept`` is what the device keeps from round to round: its own layers and what a codec left
-    out. Raises :class:`atoll.federation.errors.DataMissing`, :class:`BadMessage`,
+    ``kept`` is what the device keeps from round to round: its control variate, its own layers, and
+    what a codec left out. ``now`` gives seconds, for a round that ends local training after so
+    many. Raises :class:`atoll.federation.errors.DataMissing`, :class:`BadMessage`,
     :class:`atoll.federation.errors.BadPlan` for layers that the model lacks, and
     :class:`atoll.privacy.errors.BadUpdate`.
     """
     seed = training.local_seed(work.seed, ask.run, ask.round, ask.party)
     before = parameters.from_bytes(work.weights, work.downlink)
     mine = personal.Mine.of(task, work.seed, work.layers, work.frozen, kept, ask.run)
-    own = mine.before(ask.round)
-    start = mine.layout.whole(before, own)
-    model, examples, how = mine.layout.model, task.load(data, "train"), training_of(work)
+    shape, own = mine.layout, mine.before(ask.round)
+    start, model = shape.whole(before, own), shape.model
+    examples, how = task.load(data, "train"), training_of(work)
+    carried = Carried(kept, ask.run, CONTROL)
+    variates = _control(work, carried.as_of(ask.counted, lambda: np.zeros_like(before)), before)
     if work.example_steps:
         # Imported here: it loads Opacus, for which a device without this mode does not pay.
         from atoll.federation import example_privacy
@@ -58,24 +76,33 @@ def make(
         protected, secret = _example_privacy(work), Keystream.fresh()
         done = example_privacy.train(model, start, examples, how, protected, secret)
     else:
-        done = training.train(model, start, examples, how, seed)
+        ended = _ended(work.seconds, now)
+        correction = shape.alone(variates.correction) if variates else None
+        done = training.train(model, start, examples, how, seed, ended=ended, correction=correction)
     rows = len(examples.y)
-    taken = work.example_steps or training.local_steps(rows, how)
     # Without noise there is nothing to keep secret in the rounding, and a seed makes the run
     # repeatable. With noise, rounding draws from the system's entropy like the noise itself.
     rng = Keystream.fresh() if work.noise_multiplier else Keystream.replayable(seed)
-    residual = Carried(kept, ask.run, "residual")
+    riders, spec = riders_of(work), spec_of(work, ask)
+    change = shape.travelling(done.weights) - before
+    if variates is not None:
+        trained = shape.travelling(parameters.mask(model))
+        sent = variates.sent(change, control.reach(done.steps, how), trained)
+        made = encoded(sent, rows, done.steps, how, riders, spec, rng)
+        mine.keep(ask.round, own, done.weights)
+        carried.put(ask.round, variates.own, variates.following(update.clipped(sent, spec)))
+        return made.term, done.loss
+    residual = Carried(kept, ask.run, RESIDUAL)
     sketch = _sketch(work, ask, len(before), residual)
-    change = mine.layout.travelling(done.weights) - before
-    made = encoded(change, rows, taken, how, riders_of(work), spec_of(work, ask), rng, sketch)
+    made = encoded(change, rows, done.steps, how, riders, spec, rng, sketch)
+    mine.keep(ask.round, own, done.weights)
     if sketch.residual is not None and made.residual is not None:
         residual.put(ask.round, sketch.residual, made.residual)
-    mine.keep(ask.round, own, done.weights)
     return made.term, done.loss
 
 
 def encoded(
-    change: Vector,
+    change: Vector | npt.NDArray[np.float64],
     rows: int,
     steps: int,
     how: Training,
@@ -86,6 +113,7 @@ def encoded(
 ) -> Encoded:
     """Return what a device sends that came to ``change`` in ``steps`` steps on ``rows`` examples.
 
+    With control variates that is what :meth:`atoll.federation.control.Control.sent` returns.
     Raises :class:`atoll.privacy.errors.BadUpdate` for a change that diverged.
     """
     effective = effective_steps(steps, how) if riders.most_steps else 0.0
@@ -145,10 +173,27 @@ def _sketch(
         places = codec.mask(length, work.codec_share, work.seed, ask.run, ask.round)
     kept = None
     if work.feedback:
-        kept = residual.as_of(work.counted, lambda: np.zeros(length, np.float32))
+        kept = residual.as_of(ask.counted, lambda: np.zeros(length, np.float32))
         if kept.shape != (length,):
             kept = np.zeros(length, np.float32)
     return Sketch(work.codec, work.codec_share, places, kept)
+
+
+def _control(work: messages.TrainAsk, own: Vector, before: Vector) -> Control | None:
+    if not work.control_scale > 0:
+        return None
+    shared = parameters.from_bytes(work.control) if work.control else np.zeros_like(before)
+    if shared.shape != before.shape:
+        raise BadMessage(f"{len(before)} weights with a control variate of {len(shared)}")
+    return Control(own, shared, work.control_scale, work.control_retained)
+
+
+def _ended(seconds: float, now: Callable[[], float]) -> Callable[[], bool]:
+    """Return what says whether ``seconds`` have gone by from here; 0 never do."""
+    if not seconds:
+        return lambda: False
+    deadline = now() + seconds
+    return lambda: now() >= deadline
 
 
 def _example_privacy(work: messages.TrainAsk) -> ExamplePrivacy:

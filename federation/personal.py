@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from atoll.federation import layout, messages, parameters, training
 from atoll.federation.errors import DataMissing
 from atoll.federation.kept import Carried, Kept
@@ -18,6 +20,7 @@ from atoll.federation.parameters import Vector
 from atoll.federation.plan import Layers, Training
 from atoll.federation.task import Examples, Task
 from atoll.federation.training import Evaluated
+from atoll.privacy.errors import BadUpdate
 
 LOSS_DIGITS: Final = 3
 """Decimals of the loss that a device tells: enough to follow training, too few for the differences
@@ -52,9 +55,12 @@ class Mine:
         return self._carried.as_of(number - 1, lambda: self.layout.local(self.layout.start))
 
     def keep(self, number: int, before: Vector, whole: Vector) -> None:
-        """Keep the layers to which round ``number`` came."""
+        """Keep the layers to which round ``number`` came; raise :class:`BadUpdate` for NaN, Inf."""
         if self.layers.local:
-            self._carried.put(number, before, self.layout.local(whole))
+            after = self.layout.local(whole)
+            if not np.isfinite(after).all():
+                raise BadUpdate("this device's own layers hold NaN or Inf; its training diverged")
+            self._carried.put(number, before, after)
 
     def latest(self) -> Vector:
         """Return the layers as they are now, float32; the initial ones before the first round."""

@@ -42,6 +42,20 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     (:mod:`atoll.federation.riders`); a device of more steps than ``step_cap`` counts there as one
     of so many. ``privacy.clip_norm`` is then that of one effective step. None: nothing is divided.
     """
+    control_steps: Annotated[int, Meta(ge=1, le=100_000)] | None = None
+    """SCAFFOLD (Karimireddy et al., ICML 2020): gradients are corrected for how devices differ.
+
+    A device then keeps a control variate from round to round, and its change rides behind the
+    update in a term twice as long (:mod:`atoll.federation.control`). So many local steps are those
+    of an ordinary device; they make the change as long as the update. None: nothing is corrected.
+    """
+    deadline: PositiveFloat | None = None
+    """Seconds of local training after which a device sends what it has come to (partial work).
+
+    A slow device then takes fewer steps instead of dropping out, as FedProx has it (Li et al.,
+    MLSys 2020, definition 2). With ``step_cap`` what it sends counts as much as others' updates.
+    A run with a deadline is not repeatable. None: all epochs, however long they take.
+    """
     strategy: Literal["fedavg", "fedadam", "fedyogi", "fedadagrad"] = "fedavg"
     """What the hub makes of the mean update (:mod:`atoll.federation.strategies`).
 
@@ -92,10 +106,15 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "server_tau belongs to fedadam, fedyogi and fedadagrad; fedavg adapts nothing: "
                 "leave it out, or change strategy"
             )
-        if self.step_cap is not None and self.momentum >= 1:
+        if self.momentum >= 1 and (self.step_cap is not None or self.control_steps is not None):
             raise ValueError(
                 f"momentum = {self.momentum:g} never lets a gradient go, so steps have no weights "
-                "to divide an update by: lower momentum, or leave step_cap out"
+                "to divide an update by: lower momentum, or leave step_cap and control_steps out"
+            )
+        if self.control_steps is not None and (self.proximal or self.step_cap is not None):
+            raise ValueError(
+                "control_steps corrects what proximal and step_cap make up for, and reckons with "
+                "neither: leave those out, or control_steps"
             )
         if self.learning_rate * self.proximal >= 2 * (1 + self.momentum):
             raise ValueError(
@@ -126,8 +145,30 @@ class Cohort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Fewer survivors than this and a round is thrown away."""
     round_timeout: PositiveFloat = 120.0
     """Seconds before a device that has not answered counts as dropped out."""
+    enough: Positive | None = None
+    """So many contributions end a round's wait for more; who has not answered yet drops out.
+
+    The round is then as fast as its ``enough`` fastest devices, and slow ones take part less
+    often. Below the size of the cohort, that is over-selection (Bonawitz et al., MLSys 2019, ask
+    130 %). None: everyone is waited for, ``round_timeout`` at most.
+    """
     sampling_rate: Annotated[float, Meta(gt=0, le=1)] | None = None
     """Probability with which an enrolled trainer is in a round's cohort; none: everyone is."""
+
+    def __post_init__(self) -> None:
+        """Refuse to end rounds before they count, and draws that are not a device's own."""
+        if self.enough is None:
+            return
+        if self.enough < self.min_devices:
+            raise ValueError(
+                f"enough = {self.enough} ends a round below min_devices = {self.min_devices}: "
+                "raise enough, or leave it out"
+            )
+        if self.sampling_rate is not None:
+            raise ValueError(
+                "with enough, who is in a round depends on how fast the others are, and "
+                "sampling_rate promises that it does not: leave one of them out"
+            )
 
 
 class ExamplePrivacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -335,6 +376,16 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "training.step_cap evens out devices of unequal steps, and under "
                 "[privacy.examples] all take privacy.examples.steps: leave training.step_cap out"
             )
+        if self.training.control_steps is not None and self.privacy.examples is not None:
+            raise ValueError(
+                "control variates for [privacy.examples] are not there yet: leave "
+                "training.control_steps out"
+            )
+        if self.training.deadline is not None and self.privacy.examples is not None:
+            raise ValueError(
+                "training.deadline ends local epochs, and under [privacy.examples] a device "
+                "takes privacy.examples.steps: leave training.deadline out"
+            )
         if self.aggregation.rule != "mean":
             _check_rule(self)
         if self.codec.kind != "none":
@@ -360,10 +411,11 @@ def _check_rule(plan: Plan) -> None:
         plan.training.weighting != "equal"
         or plan.privacy.clip != "fixed"
         or plan.training.step_cap is not None
+        or plan.training.control_steps is not None
     ):
         raise ValueError(
             f'{rule} takes every device for one: use weighting = "equal" and clip = "fixed", '
-            "and leave step_cap out"
+            "and leave control_steps and step_cap out"
         )
     fewest = needed(asked.rule, asked.byzantine)
     if least < fewest:
@@ -381,6 +433,11 @@ def _check_rule(plan: Plan) -> None:
 def _check_codec(plan: Plan) -> None:
     """Refuse a codec where it would tell too much, save nothing, or lose what it keeps."""
     privacy, top = plan.privacy, plan.codec.kind == "top-k"
+    if plan.training.control_steps is not None:
+        raise ValueError(
+            f'codec.kind = "{plan.codec.kind}" with training.control_steps: control variates are '
+            "means of whole gradients; leave one of them out"
+        )
     if top and privacy.mode != "plain":
         raise ValueError(
             f'codec.kind = "top-k" in mode "{privacy.mode}": which coordinates a device sends '

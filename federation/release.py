@@ -6,6 +6,7 @@ The plan alone decides this, so hub, ledger and check ask here and cannot differ
 import math
 from typing import Final
 
+from atoll.federation import codec
 from atoll.federation.plan import Plan
 from atoll.federation.riders import Riders
 from atoll.privacy import modes
@@ -30,6 +31,16 @@ def update_spec(plan: Plan, clip_norm: float) -> UpdateSpec:
         riders=Riders.of(plan).count,
         rider_noise_multiplier=plan.privacy.rider_noise,
     )
+
+
+def values(plan: Plan, parameters: int) -> int:
+    """Return how many values a term has before what rides, for a model of ``parameters``."""
+    return codec.summed(plan.codec, parameters * (2 if plan.training.control_steps else 1))
+
+
+def rounded(plan: Plan, parameters: int) -> int:
+    """Return how many values of a term are rounded; the others are zero as they are."""
+    return codec.rounded(plan.codec, parameters * (2 if plan.training.control_steps else 1))
 
 
 def amplification(plan: Plan, connected: int) -> float | None:
@@ -82,6 +93,12 @@ def check_population(plan: Plan, trainers: int) -> None:
         raise BadParameters(
             f"privacy.delta = {delta:g} allows to give one of {trainers} devices away in full; "
             f"set it well below {1 / trainers:.1g}"
+        )
+    enough = plan.cohort.enough
+    if plan.privacy.mode == "secagg" and enough is not None and 2 * enough <= trainers:
+        raise BadParameters(
+            f"cohort.enough = {enough} of {trainers} trainers: masked sums are opened by more than "
+            f"half of those who are in them; raise enough to {trainers // 2 + 1}"
         )
     if rate is not None and rate * trainers < plan.cohort.min_devices:
         raise BadParameters(

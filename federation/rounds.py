@@ -35,7 +35,7 @@ from typing import Final, Literal
 import numpy as np
 from flwr.serverapp import Grid
 
-from atoll.federation import codec, release, strategies
+from atoll.federation import release, strategies
 from atoll.federation.checkpoints import Checkpoint, Checkpoints
 from atoll.federation.cohort import Cohort, Member, await_trainers, draw
 from atoll.federation.conversation import Conversation, Learned, RoundReport, Setting
@@ -96,8 +96,8 @@ def run_rounds(
     setting = Setting(grid, plan, cohort, run, clock, entropy, frozen)
     state = _resume(run, session, checkpoints) or Checkpoint.fresh(run, initial)
     spec = release.update_spec(plan, state.clip_norm or plan.privacy.clip_norm)
-    length = codec.rounded(plan.codec, len(initial))
-    modes.check(plan.privacy.mode, spec, length, len(cohort.trainers))
+    values = release.rounded(plan, len(initial))
+    modes.check(plan.privacy.mode, spec, values, len(cohort.trainers))
     release.check_population(plan, len(cohort.trainers))
     rate, least = plan.cohort.sampling_rate, plan.cohort.min_devices
     failures, hoped = 0, len(cohort.trainers)
@@ -128,11 +128,21 @@ def run_rounds(
         _save(state, checkpoints)
         drawn = cohort.trainers if rate is None else draw(cohort.trainers, rate, entropy)
         clip_norm = state.clip_norm or plan.privacy.clip_norm
-        talk = Conversation(setting, number, state.weights, clip_norm, drawn, present)
+        talk = Conversation(
+            setting,
+            number,
+            state.weights,
+            clip_norm,
+            drawn,
+            present,
+            state.counted,
+            state.control,
+        )
         learned = talk.learn(session)
         if learned is not None:
             failures = 0
-            state = replace(stepped(state, learned, plan), session=session.dump())
+            state = stepped(state, learned, plan)
+            state = replace(state, session=session.dump(), counted=talk.counted)
         elif number == repeated:
             state = replace(state, lost=state.lost + 1)
         elif len(drawn) >= least:
@@ -168,6 +178,7 @@ def stepped(state: Checkpoint, learned: Learned, plan: Plan) -> Checkpoint:
         tail=tail,
         tailed=tailed,
         clip_norm=learned.clip_norm,
+        control=learned.control,
     )
 
 

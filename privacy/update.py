@@ -300,11 +300,6 @@ def _rider_integers(riders: Sequence[float], spec: UpdateSpec, rng: Keystream) -
     return (floor + (rng.uniform(values.size) < wanted - floor)).astype(np.int64)
 
 
-def clip(update: npt.ArrayLike, spec: UpdateSpec) -> Floats:
-    """Return a finite ``update``, ``(n,)``, as clipped as :func:`quantise` rounds it."""
-    return _scaled(np.asarray(update, dtype=np.float64), spec) / spec.scale
-
-
 def _scaled(values: Floats, spec: UpdateSpec) -> Floats:
     """Return ``values`` in integer units, their norm at most ``spec.room``."""
     room = spec.room(values.size)
@@ -316,6 +311,11 @@ def _scaled(values: Floats, spec: UpdateSpec) -> Floats:
     length = float(np.linalg.norm(direction))
     wanted = min(largest * spec.scale, room / length)
     return direction * wanted
+
+
+def clipped(update: npt.ArrayLike, spec: UpdateSpec) -> Floats:
+    """Return ``update`` as its term has it before weight, rounding and noise, in its own unit."""
+    return _scaled(np.asarray(update, dtype=np.float64), spec) / spec.scale
 
 
 def add_noise(clipped: Clipped, spec: UpdateSpec, rng: Keystream) -> Noised:

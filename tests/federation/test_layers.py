@@ -21,6 +21,7 @@ from atoll.federation.evaluation import evaluate
 from atoll.federation.kept import Carried, Kept, KeptHere
 from atoll.federation.plan import Layers, Plan, Training
 from atoll.federation.task import Examples, Split
+from atoll.privacy.errors import BadUpdate
 
 # The model of Blobs: 0 Linear(2, 8), 1 BatchNorm1d(8), 2 ReLU, 3 Linear(8, 2).
 SIZES = {"0": 24, "1": 32, "3": 18}
@@ -235,6 +236,35 @@ def test_a_round_begins_with_the_layers_of_the_last_one_and_again_the_same_when_
         personal.Mine.of(Blobs(), 7, layout.encode(other), "", kept, "run").latest(),
         layout.of(Blobs(), 7, other).local(start),
     )
+
+
+def test_layers_that_diverged_are_not_kept() -> None:
+    kept = KeptHere()
+    mine = personal.Mine.of(Blobs(), 7, layout.encode(HEAD), "", kept, "run")
+    before = mine.before(1)
+    with pytest.raises(BadUpdate):
+        mine.keep(1, before, np.full_like(mine.layout.start, np.inf))
+    assert np.array_equal(mine.latest(), before)
+
+
+def test_control_variates_are_of_what_travels(tmp_path: Path) -> None:
+    """With everything local to a head kept out, SCAFFOLD runs over the rest, in every mode."""
+    made = layered(HEAD, count=3, control_steps=4)
+    kept = {f"device-{number}": KeptHere() for number in (1, 2, 3)}
+    checkpoints = Checkpoints(tmp_path / "run")
+    done = fleet(tmp_path / "a", 3, kept=kept).run(made, checkpoints=checkpoints)
+    hidden = fleet(tmp_path / "b", 3).run(layered(HEAD, "secagg", count=3, control_steps=4))
+    assert np.array_equal(done.weights, hidden.weights)
+    state = checkpoints.load("run")
+    assert state is not None
+    own = [
+        Carried(one, "run", "control").as_of(3, lambda: np.zeros(56, np.float32))
+        for one in kept.values()
+    ]
+    assert {one.shape for one in own} == {(56,)}
+    # All took part from the first round on, so the hub's is the mean, but for rounding.
+    np.testing.assert_allclose(np.mean(own, axis=0), state.control, atol=2e-3)
+    assert np.abs(state.control).max() > 0.05
 
 
 class BrokenOff(Blobs):
