@@ -21,7 +21,9 @@ from atoll.federation.evaluation import evaluate
 from atoll.federation.kept import Carried, Kept, KeptHere
 from atoll.federation.plan import Layers, Plan, Training
 from atoll.federation.task import Examples, Split
+from atoll.privacy import frames
 from atoll.privacy.errors import BadUpdate
+from atoll.privacy.sums import CONTRIBUTE, RoundKey
 
 # The model of Blobs: 0 Linear(2, 8), 1 BatchNorm1d(8), 2 ReLU, 3 Linear(8, 2).
 SIZES = {"0": 24, "1": 32, "3": 18}
@@ -445,9 +447,11 @@ def test_only_adapters_travel(tmp_path: Path) -> None:
     everything = fleet(tmp_path / "all", 3)
     here.run(layered(ADAPTED, count=1), on_round=reports.append)
     everything.run(layered(Layers(), count=1), on_round=reports.append)
-    # Four bytes down and two up for each weight of each device, besides what both runs say alike.
+    # For each device four bytes a weight down, besides what both runs say alike, and two up.
     assert reports[1].bytes_down - reports[0].bytes_down == 3 * 4 * (74 - 20)
-    assert reports[1].bytes_up - reports[0].bytes_up == 3 * 2 * (74 - 20) + 3  # "148" for "40"
+    head = frames.address(RoundKey("run", 1), CONTRIBUTE, "device-1")
+    assert reports[0].bytes_up == 3 * len(frames.pack(head, [bytes(2 * 20)]))
+    assert reports[0].bytes_up < reports[1].bytes_up
     assert isinstance(here.grid, Overheard)
     frozen = layout.of(Blobs(), 7).start[:24]
     assert not any(
