@@ -6,6 +6,7 @@ end is for :mod:`atoll.federation.rounds` to say.
 """
 
 import io
+import json
 import os
 import zipfile
 from collections.abc import Mapping
@@ -36,6 +37,8 @@ class Checkpoint:
     ``clip_norm`` is the clipping norm to go on with; none before it was ever moved.
     ``counted`` is the last round of each device whose sum its term is in; ``control`` float32
     ``(n,)`` the hub's control variate, empty before there is one.
+    ``turns`` counts by device how often it was asked, where the plan takes devices in turns,
+    by a rule, or as they come.
     """
 
     run: str
@@ -52,6 +55,7 @@ class Checkpoint:
     lost: int = 0
     counted: Mapping[str, int] = field(default_factory=dict)
     control: Vector = field(default_factory=lambda: np.zeros(0, np.float32))
+    turns: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def fresh(cls, run: str, initial: Vector) -> "Checkpoint":
@@ -88,6 +92,7 @@ class Checkpoints:
             ),
             tail=checkpoint.tail,
             session=np.frombuffer(checkpoint.session, dtype=np.uint8),
+            turns=np.frombuffer(json.dumps(dict(checkpoint.turns)).encode(), dtype=np.uint8),
             clip_norm=np.array(
                 [] if checkpoint.clip_norm is None else [checkpoint.clip_norm], dtype=np.float64
             ),
@@ -129,6 +134,7 @@ class Checkpoints:
                 # Those from before devices carried anything do not say whose terms counted.
                 told = file["counted"].tobytes() if "counted" in file.files else b"{}"
                 control = file["control"] if "control" in file.files else np.zeros(0)
+                turns = json.loads(file["turns"].tobytes()) if "turns" in file.files else {}
                 found = Checkpoint(
                     run=str(file["run"]),
                     begun=begun,
@@ -144,6 +150,7 @@ class Checkpoints:
                     lost=int(lost),
                     control=control.astype(np.float32),
                     counted=msgspec.json.decode(told, type=dict[str, int]),
+                    turns=turns,
                 )
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile, msgspec.MsgspecError) as error:
             raise BadCheckpoint(

@@ -80,6 +80,13 @@ def mask(length: int, share: float, seed: int, run: str, number: int) -> Places:
     return np.flatnonzero(keys <= last)[:wanted]
 
 
+def places(codec: Codec, length: int, seed: int, run: str, number: int) -> Places | None:
+    """Return the coordinates that a plan's round sums; none are all of them."""
+    if codec.kind != "random-mask":
+        return None
+    return mask(length, codec.share or 1.0, seed, run, number)
+
+
 def top(values: npt.ArrayLike, share: float) -> Places:
     """Return the coordinates of the largest magnitudes; of equal ones those in front."""
     sizes = np.abs(np.asarray(values, np.float64))
@@ -157,10 +164,10 @@ WHOLE: Final = Sketch()
 """Sends everything and keeps nothing."""
 
 
-def spread(codec: Codec, mean: Floats, places: Places | None, length: int) -> Floats:
-    """Return what a mean says of all ``length`` coordinates, float64: zero of those not sent."""
-    if places is None:
+def spread(codec: Codec, mean: Floats, sent: Places | None, length: int) -> Floats:
+    """Return what a mean of those ``sent`` says of all ``length`` coordinates: zero of others."""
+    if sent is None:
         return mean
     whole = np.zeros(length)
-    whole[places] = mean if codec.feedback else mean * (length / places.size)
+    whole[sent] = mean if codec.feedback else mean * (length / sent.size)
     return whole

@@ -10,6 +10,7 @@ weights it starts from; :data:`SUM` every other phase of the sum; :data:`EVALUAT
 :data:`QUERY` say their names.
 """
 
+from collections.abc import Iterable
 from typing import Final, TypeVar
 
 import msgspec
@@ -189,10 +190,17 @@ def pack(*records: Record) -> RecordDict:
     )
 
 
+def share(contents: Iterable[RecordDict], record: Record) -> None:
+    """Add one record to all of ``contents``: it is there once, and is laid out and hashed once."""
+    shared = ConfigRecord(msgspec.structs.asdict(record))
+    for content in contents:
+        content[_tag(type(record))] = shared
+
+
 def unpack(content: RecordDict, kind: type[Kind]) -> Kind:
     """Read and validate one record; raise :class:`BadMessage` when it is missing or malformed."""
-    record = content.config_records.get(_tag(kind))
-    if record is None:
+    record = content.get(_tag(kind))
+    if not isinstance(record, ConfigRecord):
         raise BadMessage(f"the message carries no {_tag(kind)!r} record")
     fields = dict(record)
     fields["type"] = _tag(kind)
@@ -206,7 +214,8 @@ def size(content: RecordDict) -> int:
     """Return the bytes of payload that a message carries; Flower's envelope is not counted."""
     return sum(
         len(value)
-        for record in content.config_records.values()
+        for record in content.values()
+        if isinstance(record, ConfigRecord)
         for value in record.values()
         if isinstance(value, bytes)
     )

@@ -154,9 +154,36 @@ class Cohort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
     sampling_rate: Annotated[float, Meta(gt=0, le=1)] | None = None
     """Probability with which an enrolled trainer is in a round's cohort; none: everyone is."""
+    rule: Annotated[str, Meta(min_length=1, max_length=1000)] | None = None
+    """Which of them may train, in CEL over what is known of each (``device.power == "mains"``).
+
+    Looked at anew before each round; whoever falls short sits it out, and a fact that is not known
+    leaves its device out. The facts are the hub's (:mod:`atoll.server.cohort_rule`). With a
+    ``sampling_rate`` rounds are charged in full.
+    """
+    size: Positive | None = None
+    """At most so many trainers a round, in turns: those who were asked least come first."""
 
     def __post_init__(self) -> None:
-        """Refuse to end rounds before they count, and draws that are not a device's own."""
+        """Refuse turns that are to be secret, and rounds that could never be large enough."""
+        self._check_size()
+        self._check_enough()
+
+    def _check_size(self) -> None:
+        if self.size is None:
+            return
+        if self.sampling_rate is not None:
+            raise ValueError(
+                "size takes devices in turns and sampling_rate draws them, so that nobody can "
+                "tell whose turn it is: leave one of them out"
+            )
+        if self.size < self.min_devices:
+            raise ValueError(
+                f"size = {self.size} is below min_devices = {self.min_devices}: every round would "
+                "be thrown away; raise size or lower min_devices"
+            )
+
+    def _check_enough(self) -> None:
         if self.enough is None:
             return
         if self.enough < self.min_devices:
@@ -169,6 +196,15 @@ class Cohort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "with enough, who is in a round depends on how fast the others are, and "
                 "sampling_rate promises that it does not: leave one of them out"
             )
+
+    @property
+    def picks(self) -> bool:
+        """Whether a round may leave out trainers that are there, other than by a secret draw."""
+        return self.rule is not None or self.size is not None
+
+    def in_a_round(self, trainers: int) -> int:
+        """Return how many of so many trainers a round has at most."""
+        return trainers if self.size is None else min(self.size, trainers)
 
 
 class ExamplePrivacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -250,6 +286,21 @@ class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.rider_noise_multiplier is not None:
             return self.rider_noise_multiplier
         return RIDER_NOISE * self.noise_multiplier
+
+
+class Asynchrony(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """FedBuff (Nguyen et al., AISTATS 2022): nobody waits for anybody's round to end.
+
+    Devices train on the weights there are when they are asked, and the hub steps whenever
+    ``buffer`` updates have come in (:mod:`atoll.federation.buffered`). ``rounds`` counts steps.
+    """
+
+    buffer: Positive
+    """K: so many updates make a step."""
+    concurrency: Positive
+    """M: so many devices train at a time."""
+    max_staleness: Annotated[int, Meta(ge=0)] | None = None
+    """An update that is more steps old than this is dropped; none: however old, it counts."""
 
 
 class Aggregation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -355,6 +406,12 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     """The name under which the trained model is published."""
     rounds: Positive = 10
+    evaluate_every: Positive | None = None
+    """Ask all devices for the accuracy after every so many trained rounds; none: at the end alone.
+
+    It costs a message with the weights to each device, and what they answer, examples and how
+    many were right, comes in the clear and without noise (:mod:`atoll.federation.interim`).
+    """
     seed: int = 0
     training: Training = Training()
     cohort: Cohort = Cohort()
@@ -362,6 +419,13 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     aggregation: Aggregation = Aggregation()
     layers: Layers = Layers()
     codec: Codec = Codec()
+    asynchrony: Asynchrony | None = None
+    """Steps without rounds; none: a round ends before the next one begins."""
+    gates: dict[str, str] = {}
+    """Rules that a candidate must pass besides the hub's own, by name, in CEL over the run's facts.
+
+    Such as ``"fair to both sides" = "fairness.equalised_odds <= 0.1"``.
+    """
 
     def __post_init__(self) -> None:
         """Refuse a round of colluders alone, a step cap without a meaning, an idle rule."""
@@ -390,6 +454,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             _check_rule(self)
         if self.codec.kind != "none":
             _check_codec(self)
+        if self.asynchrony is not None:
+            _check_asynchrony(self, self.asynchrony)
 
 
 def _check_rule(plan: Plan) -> None:
@@ -453,6 +519,39 @@ def _check_codec(plan: Plan) -> None:
         raise ValueError(
             f'aggregation.rule = "{plan.aggregation.rule}" leaves updates out, and no device '
             'learns whether its own: use codec.kind = "random-mask" without error_feedback'
+        )
+
+
+def _check_asynchrony(plan: Plan, asked: Asynchrony) -> None:
+    """Refuse what needs a cohort, or one version of everything that devices are told."""
+    if plan.privacy.mode != "plain":
+        raise ValueError(
+            f'[asynchrony] folds updates in one by one, and mode "{plan.privacy.mode}" opens the '
+            'sum of a cohort that is known before: use privacy.mode = "plain", where devices allow '
+            "it, or leave [asynchrony] out"
+        )
+    if plan.privacy.noise_multiplier and plan.privacy.noise != "central":
+        raise ValueError(
+            "[asynchrony] weighs updates after devices have sent them, their noise too, which "
+            'would then be less than accounted for: use noise = "central", or no noise'
+        )
+    kept_out = {
+        "aggregation.rule": plan.aggregation.rule != "mean",
+        "cohort.size": plan.cohort.size is not None,
+        "cohort.enough": plan.cohort.enough is not None,
+        "cohort.sampling_rate": plan.cohort.sampling_rate is not None,
+        'privacy.clip = "adaptive"': plan.privacy.clip != "fixed",
+        "training.control_steps": plan.training.control_steps is not None,
+        # Masks are a round's, and the hub's weight leaves a part that no device would keep.
+        "codec.kind": plan.codec.kind != "none",
+    }
+    for name, used in kept_out.items():
+        if used:
+            raise ValueError(f"{name} is for rounds: leave it out, or [asynchrony]")
+    if asked.buffer < plan.cohort.min_devices:
+        raise ValueError(
+            f"asynchrony.buffer = {asked.buffer} is below cohort.min_devices = "
+            f"{plan.cohort.min_devices}: raise buffer"
         )
 
 

@@ -1,21 +1,21 @@
 """Terms with many zeros, written as where they are not zero and what stands there.
 
-    to_parts(values, bound) -> the fewest bytes: [values] or [positions, values]
-    from_parts(parts, length, bound) -> int64 (length,)
+    to_parts(values, length, bound) -> the fewest bytes: [values] or [positions, values]
+    view(parts, length, bound) -> (length,), in the narrow integers in which values travel
 
 Positions come as a bitmap of the whole term, or as the gaps between them, each in as many bytes as
 it has sevens of bits, the highest bit of a byte saying that another follows (LEB128); whichever
 is shorter, and its first byte says which. Values are as narrow as in :mod:`atoll.privacy.terms`.
-Only a sum that hides nothing can write terms so.
+Only a sum that hides nothing can write terms so. A dense term is one part, as ever.
 
-Every term has one sparse form. Anything else is refused: positions outside the term, more of them
+Every term has one form of either kind. Anything else is refused: positions outside the term, more of them
 than it has, zeros among the values, gaps longer than they need be. What a hostile sender
 can cost is the memory of a term and of its own message; no position can come twice, because a
 gap is at least one.
 """
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -34,37 +34,43 @@ _LONGEST: Final = 5
 """Bytes of one gap: terms have fewer than 2**35 values."""
 
 
-def to_parts(values: Integers, bound: int) -> list[bytes]:
-    """Write values in ``±bound``, int64 ``(length,)``: densely, or sparsely where that is less."""
-    dense = values.size * terms.dtype(bound).itemsize
+def to_parts(values: Integers | None, length: int, bound: int) -> list[bytes | memoryview]:
+    """Check values and write them: densely, or sparsely where that is less.
+
+    Raises :class:`Refused` as :func:`atoll.privacy.terms.check` does.
+    """
+    width = terms.dtype(bound).itemsize
+    if values is None or values.shape != (length,) or values.dtype != np.int64:
+        return [terms.to_bytes(values, length, bound)]
+    count = int(np.count_nonzero(values))
+    # Positions take as many bytes as there are, or an eighth of the length, and one more: this
+    # much can be said without writing any.
+    if count * width + min(count, length // 8) >= length * width:
+        return [terms.to_bytes(values, length, bound)]
     places = np.flatnonzero(values)
-    # A position takes an eighth of a byte at least, so this can be said without writing any.
-    if places.size * terms.dtype(bound).itemsize + min(places.size, values.size // 8) >= dense:
-        return [terms.to_bytes(values, bound)]
     gaps, bitmap = _gaps(places), np.packbits(values != 0, bitorder="little").tobytes()
     positions = GAPS + gaps if len(gaps) < len(bitmap) else BITMAP + bitmap
-    told = terms.to_bytes(values[places], bound)
-    if len(positions) + len(told) >= dense:
-        return [terms.to_bytes(values, bound)]
-    return [positions, told]
+    if len(positions) + count * width >= length * width:
+        return [terms.to_bytes(values, length, bound)]
+    return [positions, terms.to_bytes(values[places], count, bound)]
 
 
-def from_parts(parts: Sequence[bytes], length: int, bound: int) -> Integers:
-    """Read what :func:`to_parts` wrote; raise :class:`Refused` for anything else."""
+def view(parts: Sequence[bytes | memoryview], length: int, bound: int) -> "npt.NDArray[Any]":
+    """Read what :func:`to_parts` wrote; raise :class:`Refused` for anything else.
+
+    Values are still to be checked, as those of :func:`atoll.privacy.terms.view` are.
+    """
     if len(parts) == 1:
-        return terms.from_bytes(parts[0], length, bound)
+        return terms.view(parts[0], length, bound)
     if len(parts) != 2:
         raise Refused(f"a term of {len(parts)} parts")
     positions, told = parts
     places = _places(positions, length)
-    values = np.zeros(length, dtype=np.int64)
-    if places.size:
-        some = terms.from_bytes(told, places.size, bound)
-        if not some.all():
-            raise Refused("a zero among the values that are said not to be")
-        values[places] = some
-    elif told:
-        raise Refused(f"{len(told)} bytes of values for no position")
+    values = np.zeros(length, dtype=terms.dtype(bound))
+    some = terms.view(told, places.size, bound)
+    if not some.all():
+        raise Refused("a zero among the values that are said not to be")
+    values[places] = some
     return values
 
 
@@ -83,7 +89,7 @@ def _gaps(places: npt.NDArray[np.int64]) -> bytes:
     return out.tobytes()
 
 
-def _places(positions: bytes, length: int) -> npt.NDArray[np.int64]:
+def _places(positions: bytes | memoryview, length: int) -> npt.NDArray[np.int64]:
     kind, body = positions[:1], np.frombuffer(positions, dtype=np.uint8)[1:]
     if kind == BITMAP:
         if body.size != -(-length // 8):

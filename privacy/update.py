@@ -275,6 +275,22 @@ def quantise(
     return Clipped(np.concatenate([rounded, _rider_integers(riders, spec, rng)]))
 
 
+def weighed(
+    term: Integers, weight: float, riders: int, spec: UpdateSpec, rng: Keystream
+) -> Integers:
+    """Return a bare term with its update times ``weight``, in [0, 1], and rounded without bias.
+
+    The ``riders`` behind it stay as they are. The update's norm does not pass the sensitivity.
+    At a weight of one the term is returned as it is.
+    """
+    if weight == 1:
+        return term
+    values = len(term) - riders
+    return np.concatenate(
+        [_rounded(weight * term[:values].astype(np.float64), spec, rng), term[values:]]
+    )
+
+
 def _rounded(wanted: Floats, spec: UpdateSpec, rng: Keystream) -> Integers:
     """Return ``wanted`` rounded without bias, its norm at most the sensitivity."""
     floor = np.floor(wanted)
