@@ -8,8 +8,8 @@ it has sevens of bits, the highest bit of a byte saying that another follows (LE
 is shorter, and its first byte says which. Values are as narrow as in :mod:`atoll.privacy.terms`.
 Only a sum that hides nothing can write terms so. A dense term is one part, as ever.
 
-Every term has one form of either kind. Anything else is refused: positions outside the term, more of them
-than it has, zeros among the values, gaps longer than they need be. What a hostile sender
+Every term has one form of either kind. Anything else is refused: positions outside the term, more
+of them than it has, zeros among the values, gaps longer than they need be. What a hostile sender
 can cost is the memory of a term and of its own message; no position can come twice, because a
 gap is at least one.
 """

@@ -74,7 +74,8 @@ def judge(facts: Mapping[str, Any], rules: Iterable[Rule] = RULES) -> list[Verdi
 FACTS: Final = frozenset(
     {
         *("accuracy", "by_device", "cohort", "confusion", "delta", "devices", "epsilon"),
-        *("fairness", "golden", "loss", "model", "privacy", "profile", "rounds", "rows"),
+        *("fairness", "fine_tuned", "golden", "layers", "loss", "model", "privacy", "profile"),
+        *("rounds", "rows"),
         *("spread", "spread_left_out"),
     }
 )

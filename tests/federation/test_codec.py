@@ -225,6 +225,10 @@ def test_an_update_that_diverged_where_it_is_not_sent_is_refused(bad: float) -> 
             '[codec]\nkind = "random-mask"\nshare = 0.5\n[training]\ncontrol_steps = 4',
             "control variates",
         ),
+        (
+            '[codec]\nkind = "random-mask"\nshare = 0.5\n[privacy]\nmode = "plain"\n[asynchrony]',
+            "codec.kind is for rounds",
+        ),
         ('[codec]\ndownlink = "float8"', "downlink"),
     ],
 )

@@ -523,6 +523,24 @@ def test_a_fine_tuned_head_is_told_beside_the_global_one(tmp_path: Path) -> None
     assert {one.correct_tuned for one in plainly.values()} == {-1}
 
 
+def test_accuracy_between_rounds_is_that_of_devices_with_their_own_layers(tmp_path: Path) -> None:
+    task, reports = Contrary(), []
+    here = fleet(tmp_path, 4, everyone(task, 4))
+    layers = Layers(local=("3.*",), trained=("0.*", "3.*"), fine_tune=("3.*",))
+    the_plan = msgspec.structs.replace(
+        layered(layers, count=4, learning_rate=0.3), evaluate_every=2
+    )
+    done = here.run(the_plan, task=task, on_round=reports.append)
+    told = [one.accuracy for one in reports if one.accuracy is not None]
+    assert len(told) == 2
+    frozen = layout.of(task, 7, layers).frozen
+    last = evaluate(
+        here.grid, here.cohort, "blobs", done.weights, 5, plan=the_plan, run="run", frozen=frozen
+    )
+    assert told[-1] == pytest.approx(share(last))
+    assert told[-1] > 0.85
+
+
 def test_fine_tuning_leaves_what_the_device_carries_alone(tmp_path: Path) -> None:
     kept = KeptHere()
     here = fleet(tmp_path, 3, kept={"device-1": kept})

@@ -113,7 +113,7 @@ def through_the_engine(plan, population, folder: Path):
         {"training": {"control_steps": 6}, "privacy": {"clip_norm": 5.0, "bits": 23}},
         {"training": {"control_steps": 6, "weighting": "capped", "weight_cap": 50}},
         {"layers": {"trained": ("3.*", "1.bias")}, "training": {"control_steps": 6}},
-        {"layers": {"lora_layers": ("1", "3"), "lora_rank": 3}, "training": {"learning_rate": 1.0}},
+        {"layers": {"lora_layers": ("1", "3"), "lora_rank": 3}},
         {
             "codec": {"kind": "random-mask", "share": 0.3, "downlink": "float16"},
             "training": {"weighting": "capped", "weight_cap": 50},
