@@ -8,11 +8,13 @@ import typer
 
 from atoll.federation import plan as plans
 from atoll.federation.errors import BadPlan
-from atoll.server import cli_local
-from atoll.server.cli_options import Data, Json, connect, guarded
-from atoll.server.cli_progress import RunProgress, follow, outcome, put_rounds
+from atoll.server import cli_local, plan_rules
+from atoll.server.cli_cohorts import put_cohorts
+from atoll.server.cli_options import Data, Json, MlflowUrl, connect, guarded, tracking
+from atoll.server.cli_progress import RunProgress, follow, outcome, put_rounds, standing_of
 from atoll.server.client import Failure, HubClient, Misuse, NotAllowed
-from atoll.server.tables import ago, note, put, put_facts, put_json, put_table, span
+from atoll.server.errors import BadInput
+from atoll.server.tables import ago, note, put, put_bytes, put_facts, put_json, put_table, span
 
 app = typer.Typer(help="Train: run a plan, look at runs, approve them.", no_args_is_help=True)
 
@@ -153,6 +155,7 @@ def show_run(
             "model": found["model"],
             "state": found["state"],
             "stage": found["stage"],
+            "rounds": str(standing_of(found)),
             "why": found["reason"],
             "proposed by": found["created_by"],
             "approved by": found["approved_by"],
@@ -160,6 +163,34 @@ def show_run(
         | outcome(found)
     )
     put_rounds(found)
+    put_cohorts(found["metrics"] or {})
+
+
+@app.command("record")
+@guarded
+def show_record(run: RunId, *, data: Data = None) -> None:
+    """Print a run's record: plan, versions, seed, metrics, charges, digests, as JSON.
+
+    Of a run that has ended these are the bytes whose SHA-256 the audit log names.
+    """
+    put_bytes(connect(data).fetch("runs", run, "record"))
+
+
+@app.command("export")
+@guarded
+def export_run(run: RunId, *, mlflow: MlflowUrl = None, data: Data = None) -> None:
+    """Tell an MLflow tracking server of a run; what it has been told already it is not told again.
+
+    A hub that was started with --mlflow does so by itself.
+    """
+    if mlflow is None:
+        raise Misuse("name the tracking server with --mlflow, or in $ATOLL_MLFLOW")
+    from atoll.server.exporting import export
+    from atoll.server.mlflow import Mlflow
+
+    with Mlflow(tracking(mlflow)) as server:
+        put(export(server, connect(data).fetch("runs", run, "record")))
+        note(f"Run {run} is at {server.target}.")
 
 
 @app.command("approve")
@@ -187,9 +218,9 @@ def cancel_run(run: RunId, *, data: Data = None, as_json: Json = False) -> None:
 def _read(file: Path) -> str:
     """Return a plan's text after checking it, so that a slip is told before any network."""
     try:
-        plans.load(file)
+        plan_rules.check(plans.load(file))
         return file.read_text(encoding="utf-8")
-    except BadPlan as error:
+    except (BadPlan, BadInput) as error:
         raise Misuse(str(error)) from error
 
 
@@ -213,6 +244,7 @@ def _watch(client: HubClient, run: str, *, as_json: bool) -> None:
         put_json(ended)
     else:
         put_facts({"run": run, "state": ended["state"], "why": ended["reason"]} | outcome(ended))
+        put_cohorts(ended["metrics"] or {})
     if ended["state"] not in ("gated", "published"):
         raise Failure(f"run {run} is {ended['state']}: {ended['reason'] or 'no reason is given'}")
     if ended["state"] == "gated":

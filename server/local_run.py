@@ -149,7 +149,7 @@ class Followed:
         self, inner: Recorder, heard: Callable[[], None], clock: Callable[[], float]
     ) -> None:
         self._inner, self._heard, self._clock = inner, heard, clock
-        self._since, self._seconds = clock(), list[float]()
+        self._since, self._seconds = clock(), dict[int, float]()
 
     def stage(self, name: str) -> None:
         """Pass the stage on."""
@@ -158,17 +158,26 @@ class Followed:
         self._heard()
 
     def round(self, report: RoundReport) -> None:
-        """Pass the round on, with the time since the one before."""
+        """Pass the round on, with the time since the one before; told again it keeps its time."""
         now = self._clock()
-        self._seconds.append(now - self._since)
-        self._inner.round(replace(report, seconds=self._seconds[-1]))
+        seconds = self._seconds.setdefault(report.round, now - self._since)
+        self._inner.round(replace(report, seconds=seconds))
         self._since = now
+        self._heard()
+
+    def rounds_told(self) -> Sequence[RoundReport]:
+        """Return every round of the run."""
+        return self._inner.rounds_told()
+
+    def record(self, facts: Mapping[str, Any]) -> None:
+        """Pass on what belongs into the run's record."""
+        self._inner.record(facts)
         self._heard()
 
     def metrics(self, facts: Mapping[str, Any]) -> None:
         """Pass facts on, with the mean of the times taken."""
         if "rounds" in facts and self._seconds:
-            mean = sum(self._seconds) / len(self._seconds)
+            mean = sum(self._seconds.values()) / len(self._seconds)
             facts = {**facts, "rounds": {**facts["rounds"], "seconds": mean}}
         self._inner.metrics(facts)
         self._heard()
