@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -72,12 +73,12 @@ def test_an_interrupted_run_goes_on_and_has_spent_what_it_had(tmp_path):
 
 def test_a_folder_holds_one_run_and_says_what_it_holds(tmp_path):
     folder, mine = tmp_path / "run", dealt(tmp_path)
-    with opened(folder, plan_of(), mine, time.time):
-        with (
-            pytest.raises(AlreadyRunning, match="another process"),
-            opened(folder, plan_of(), mine, time.time),
-        ):
-            pass
+    with (
+        opened(folder, plan_of(), mine, time.time),
+        pytest.raises(AlreadyRunning, match="another process"),
+        opened(folder, plan_of(), mine, time.time),
+    ):
+        pass
     with pytest.raises(Conflict, match="another plan"), opened(folder, plan_of(9), mine, time.time):
         pass
     (tmp_path / "other").mkdir()
@@ -107,17 +108,18 @@ def test_other_devices_do_not_go_on_with_a_run(tmp_path):
 
 
 def test_rounds_are_timed_where_the_clock_of_the_run_stands_still():
-    ticks = iter([0.0, 1.0, 3.0, 7.0])
+    ticks = iter([0.0, 1.0, 3.0, 50.0, 54.0])
     inner, heard = MemoryRecorder(), []
     recorder = Followed(inner, lambda: heard.append(1), lambda: next(ticks))
     report = RoundReport(1, 0.0, ("a",), {}, 0.5, None, 1, 1, 1.0)
     recorder.stage("train")
     recorder.round(report)
-    recorder.round(report)
+    recorder.round(replace(report, loss=0.4))  # as a round is, once it has been evaluated
+    recorder.round(replace(report, round=2))
     recorder.metrics({"rounds": {"planned": 2, "seconds": 0.0}, "epsilon": None})
     assert [one.seconds for one in inner.rounds] == [2.0, 4.0]
     assert inner.facts == {"rounds": {"planned": 2, "seconds": 3.0}, "epsilon": None}
-    assert len(heard) == 4
+    assert len(heard) == 5
 
 
 def test_devices_are_dealt_the_same_in_every_process_and_carry_the_plans_labels(tmp_path):
@@ -159,7 +161,7 @@ def test_folders_are_devices_with_the_labels_in_them(tmp_path):
         (lambda root: (root / "Not An Id").mkdir(), BadPlan, "cannot be a device"),
         (lambda root: (root / "device-00/labels.toml").write_text("role = 1"), BadPlan, "labels"),
         (
-            lambda root: [(root / name / "train.npz").unlink() for name in ("device-00", "device-01")],
+            lambda root: [path.unlink() for path in root.glob("*/train.npz")],
             DataMissing,
             "in no folder",
         ),
@@ -238,6 +240,14 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_written(
     assert said.exit_code == 2, said.output
     assert complaint in said.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["plan.toml"]
+
+
+def test_a_rule_about_what_agents_report_is_refused_where_there_are_none(atoll, tmp_path):
+    rule = """, rule = 'device.power == "mains"'"""
+    (tmp_path / "plan.toml").write_text(plan_of(more=rule))
+    said = atoll("--engine", "local", "--devices", 3)
+    assert said.exit_code == 2
+    assert "leave cohort.rule out" in said.stderr
 
 
 def test_a_cluster_that_is_not_there_leaves_the_run_to_go_on(atoll):
