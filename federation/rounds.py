@@ -1,7 +1,7 @@
 """Federated averaging under a private sum: the rounds of one plan.
 
     run_rounds(grid, plan, cohort, session, charge, on_round, initial, *, run,
-               checkpoints=None, clock=SYSTEM_CLOCK, entropy=None, left_out=nobody) -> Outcome
+               checkpoints=None, clock=SYSTEM_CLOCK, entropy=None, left_out=None) -> Outcome
 
 For each round the ledger is charged first; then the cohort is drawn, and the hub's side of the
 sum leads. Phases before the contribution are messages of their own, the contribution rides
@@ -43,7 +43,7 @@ from atoll.federation import release, selection, strategies
 from atoll.federation.checkpoints import Checkpoint, Checkpoints
 from atoll.federation.cohort import Cohort, Member, await_trainers, draw
 from atoll.federation.conversation import Conversation, Learned, RoundReport, Setting
-from atoll.federation.errors import RoundFailed
+from atoll.federation.errors import BadPlan, RoundFailed
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock
 from atoll.federation.parameters import Vector
 from atoll.federation.plan import Plan
@@ -84,7 +84,7 @@ def run_rounds(
     checkpoints: Checkpoints | None = None,
     clock: Clock = SYSTEM_CLOCK,
     entropy: Keystream | None = None,
-    left_out: selection.LeftOut = selection.nobody,
+    left_out: selection.LeftOut | None = None,
 ) -> Outcome:
     """Run the plan's rounds, or those that are left of them after the checkpoint.
 
@@ -93,13 +93,16 @@ def run_rounds(
     returns the ε spent so far (none when nothing bounds it); when it raises
     :class:`BudgetExceeded` the run ends with what has been trained. ``on_round`` hears of every
     round, thrown away or not. ``entropy`` is what cohorts and the hub's noise are drawn from: a
-    fresh keystream, but for tests. ``left_out`` says before each round who may not train.
+    fresh keystream, but for tests. ``left_out`` says before each round who may not train; a plan
+    with a ``cohort.rule`` does not run without.
 
-    Raises :class:`RoundFailed` when too few devices are there or answer,
+    Raises :class:`RoundFailed` when too few devices are there or answer, :class:`BadPlan`,
     :class:`atoll.privacy.errors.BadParameters` for a plan that cannot be private or decoded,
     and :class:`atoll.federation.errors.BadCheckpoint`.
     """
     entropy = entropy or Keystream.fresh()
+    if plan.cohort.rule is not None and left_out is None:
+        raise BadPlan("cohort.rule needs somebody who knows the devices, and this run has nobody")
     setting = Setting(grid, plan, cohort, run, clock, entropy)
     state = _resume(run, session, checkpoints) or Checkpoint.fresh(run, initial)
     spec = release.update_spec(plan, state.clip_norm or plan.privacy.clip_norm)
@@ -120,7 +123,7 @@ def run_rounds(
     while number <= plan.rounds + state.lost:
         trainers = selection.await_allowed(
             cohort.trainers,
-            left_out,
+            left_out or selection.nobody,
             least=least,
             timeout=plan.cohort.round_timeout,
             clock=clock,

@@ -72,7 +72,7 @@ FACTS: Final = frozenset(
     {
         *("accuracy", "by_device", "cohort", "confusion", "delta", "devices", "epsilon"),
         *("fairness", "golden", "loss", "model", "privacy", "profile", "rounds", "rows"),
-        *("spread", "spread_left_out"),
+        *("spread", "spread_left_out", "turns"),
     }
 )
 """What a rule may be about: the names of a run's facts."""
