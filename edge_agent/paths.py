@@ -45,6 +45,11 @@ class Paths:
         return self.data / "data"
 
     @property
+    def kept(self) -> Path:
+        """What training carries from round to round; of the latest runs, and it never leaves."""
+        return self.data / "kept"
+
+    @property
     def lock(self) -> Path:
         """Held by the running agent."""
         return self.data / "agent.lock"

@@ -27,6 +27,7 @@ from atoll.edge_agent.paths import Paths
 from atoll.edge_agent.queries import Rows, handlers
 from atoll.federation import client_app, task
 from atoll.federation.errors import DataMissing, FederationError
+from atoll.federation.kept import KeptFiles
 from atoll.federation.warm_node import WarmNode
 from atoll.fleet.errors import FleetError
 from atoll.fleet.identity import Identity, Peer, peer_of
@@ -132,7 +133,8 @@ def run(
     source = examples(chosen, paths.examples)
     party = party_of(paths, who, allow_plain=allow_plain)
     answered = AnsweredDurably(Database(paths.database))
-    app = client_app.build(chosen, paths.examples, party, handlers(source), answered, floor)
+    kept = KeptFiles(paths.kept)
+    app = client_app.build(chosen, paths.examples, party, handlers(source), answered, floor, kept)
     node = WarmNode(who.hub.url, ca=who.ca, certificate=who.certificate, key=who.key)
     parent.tell({"kind": "up"})
     with suppress(FederationError):  # without examples there is nothing to count

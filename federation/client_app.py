@@ -10,27 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
-import msgspec
-import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from atoll.federation import messages, parameters, training
+from atoll.federation import local_update, messages, parameters, training
 from atoll.federation.errors import BadMessage
-from atoll.federation.plan import ExamplePrivacy, Training
-from atoll.federation.riders import Riders
-from atoll.federation.strategies import effective_steps
+from atoll.federation.kept import RUNS, Kept, KeptHere
 from atoll.federation.task import Task
-from atoll.privacy import update
 from atoll.privacy.errors import Refused
-from atoll.privacy.keystream import Keystream
 from atoll.privacy.sums import CONTRIBUTE, Integers, PartySum
 
 LOSS_DIGITS: Final = 3
 """Decimals of the loss that a device tells: enough to follow training, too few for the differences
 from which a hub that asks again and again would have a gradient."""
-KEPT_RUNS: Final = 4
-"""Sums of the latest runs are kept; an older run has ended."""
 
 
 class Answered(Protocol):
@@ -84,7 +76,7 @@ class Floor:
                 f"this device trains where at least {self.devices} devices are summed; this "
                 f"round is content with {ask.min_survivors}"
             )
-        spec = _update_spec(work, ask)
+        spec = local_update.spec_of(work, ask)
         added = spec.multiplier if work.noise == "distributed" else 0.0
         if ask.mode == "plain":
             added /= math.sqrt(spec.adders)
@@ -105,14 +97,16 @@ def build(
     queries: Mapping[str, Callable[[bytes], bytes]],
     answered: Answered | None = None,
     floor: Floor = NO_FLOOR,
+    kept: Kept | None = None,
 ) -> ClientApp:
     """Return the ClientApp for ``task`` on the examples under ``data``.
 
     ``party`` makes this device's side of a sum from a privacy mode's name, once per run.
     ``queries`` answers questions by name, bytes to bytes. ``answered`` outlives the process on
-    a device. ``floor`` is the device's own word on plans.
+    a device, and so does ``kept``. ``floor`` is the device's own word on plans.
     """
     app = ClientApp()
+    kept = kept or KeptHere()
     sums = _Sums(party, answered or AnsweredHere(), floor)
 
     @app.train("sum")
@@ -130,7 +124,7 @@ def build(
             raise BadMessage(f"training was asked for in the {ask.phase!r} phase")
         _check_task(task, work.task)
         floor.check(work, ask)
-        term, loss = _local_update(task, data, work, ask)
+        term, loss = local_update.make(task, data, work, ask, kept)
         return _reply(
             message,
             messages.SumReply(payload=sums.answer(ask, term)),
@@ -184,7 +178,7 @@ class _Sums:
         if side is None:
             side = _Side(ask.mode, self._party(ask.mode), self._answered.last(ask.run))
             self._by_run[ask.run] = side
-        while len(self._by_run) > KEPT_RUNS:
+        while len(self._by_run) > RUNS:
             del self._by_run[next(iter(self._by_run))]
         if ask.mode != side.mode:
             raise Refused(f"run {ask.run} sums in {side.mode!r}; a run has one mode")
@@ -201,71 +195,6 @@ class _Side(NamedTuple):
     mode: str
     party: PartySum
     floor: int
-
-
-def _local_update(
-    task: Task, data: Path, work: messages.TrainAsk, ask: messages.SumAsk
-) -> tuple[Integers, float]:
-    seed = training.local_seed(work.seed, ask.run, ask.round, ask.party)
-    before = parameters.from_bytes(work.weights)
-    model, examples = task.model(0), task.load(data, "train")
-    how = Training(
-        local_epochs=work.local_epochs,
-        batch_size=work.batch_size,
-        learning_rate=work.learning_rate,
-        momentum=work.momentum,
-        proximal=work.proximal,
-    )
-    if work.example_steps:
-        # Imported here: it loads Opacus, for which a device without this mode does not pay.
-        from atoll.federation import example_privacy
-
-        protected, secret = _example_privacy(work), Keystream.fresh()
-        done = example_privacy.train(model, before, examples, how, protected, secret)
-    else:
-        done = training.train(model, before, examples, how, seed)
-    riders = Riders(work.weight_cap, work.clip_quantile, work.most_steps)
-    spec = _update_spec(work, ask)
-    # Without noise there is nothing to keep secret in the rounding, and a seed makes the run
-    # repeatable. With noise, rounding draws from the system's entropy like the noise itself.
-    rng = Keystream.fresh() if work.noise_multiplier else Keystream.replayable(seed)
-    change, rows = done.weights - before, len(examples.y)
-    steps = 0.0
-    if riders.most_steps:
-        taken = work.example_steps or training.local_steps(rows, how)
-        steps = effective_steps(taken, how)
-    if steps:
-        change = change / np.float32(steps)
-    behind = riders.values(rows, within=update.norm(change) <= spec.clip_norm, steps=steps)
-    return update.encode(change, spec, rng, riders.weight(rows), behind), done.loss
-
-
-def _update_spec(work: messages.TrainAsk, ask: messages.SumAsk) -> update.UpdateSpec:
-    """Return how this round's update becomes a term."""
-    return update.UpdateSpec(
-        clip_norm=work.clip_norm,
-        bits=work.bits,
-        noise_multiplier=work.noise_multiplier,
-        # No number of its own: the noise must hold for the fewest that the sum allows.
-        survivors=ask.min_survivors,
-        colluders=work.colluders,
-        placement=work.noise,
-        riders=Riders(work.weight_cap, work.clip_quantile, work.most_steps).count,
-        rider_noise_multiplier=work.rider_noise_multiplier,
-    )
-
-
-def _example_privacy(work: messages.TrainAsk) -> ExamplePrivacy:
-    asked = {
-        "noise_multiplier": work.example_noise_multiplier,
-        "clip_norm": work.example_clip_norm,
-        "sampling_rate": work.example_sampling_rate,
-        "steps": work.example_steps,
-    }
-    try:
-        return msgspec.convert(asked, ExamplePrivacy)
-    except msgspec.ValidationError as error:
-        raise BadMessage(f"training that protects no example: {error}") from error
 
 
 def _check_task(task: Task, wanted: str) -> None:

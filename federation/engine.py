@@ -1,8 +1,9 @@
 """A Flower Grid inside this process: the same ClientApps, no sockets, its own clock.
 
-A message is delivered when it is pushed and its reply waits to be pulled, in the order of
-pushing, so a run is repeatable. Time stands still while devices compute and moves when the
-server side pauses; a device that never answers costs no waiting.
+A message waits until its reply is pulled; then its device computes, in the order in which
+replies are asked for, so a run is repeatable, and no more than one reply is there at a time. Time
+stands still while devices compute and moves when the server side pauses; a device that never
+answers costs no waiting.
 
     grid = InProcessGrid({1: app_of_a, 2: app_of_b})
     run_rounds(grid, ..., clock=grid.clock)
@@ -11,7 +12,7 @@ A ClientApp that raises :class:`Vanished` stands for a device that is gone: no r
 Any other exception becomes an error reply, as on a real node.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 
 from flwr.app import Context, Message, RecordDict
@@ -34,7 +35,8 @@ class InProcessGrid(Grid):
         claim_run(1)
         self._apps = dict(apps)
         self._contexts: dict[int, Context] = {}
-        self._replies: dict[str, Message] = {}
+        self._waiting: dict[str, Message] = {}
+        self._asked: dict[int, str] = {}
         self._ids = count(1)
         self._now = 0.0
         self.clock = Clock(now=lambda: self._now, pause=self._pause)
@@ -74,29 +76,34 @@ class InProcessGrid(Grid):
         return sorted(self._apps)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Deliver each message to its node, one after the other, and keep the replies."""
-        ids = []
+        """Keep each message for its node.
+
+        It takes the place of what the node was asked before and nobody has pulled a reply to.
+        """
+        ids, before = [], dict(self._asked)
         for message in messages:
+            node = message.metadata.dst_node_id
+            self._waiting.pop(before.get(node, ""), None)
             message_id = f"m{next(self._ids)}"
             message.metadata.__dict__["_message_id"] = message_id
+            self._waiting[message_id] = message
+            self._asked[node] = message_id
             ids.append(message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """Have each of ``message_ids`` answered, once, and yield the replies that come."""
+        for message_id in message_ids:
+            message = self._waiting.pop(message_id, None)
+            if message is None:
+                continue
             node = message.metadata.dst_node_id
             context = self._contexts.setdefault(node, Context(1, node, {}, RecordDict(), {}))
             try:
-                self._replies[message_id] = answer(
-                    self._apps.get(node), message, context, passing=(Vanished,)
-                )
+                reply = answer(self._apps.get(node), message, context, passing=(Vanished,))
             except Vanished:
                 continue
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies there are to ``message_ids``, each once."""
-        return [
-            self._replies.pop(message_id)
-            for message_id in message_ids
-            if message_id in self._replies
-        ]
+            yield reply
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

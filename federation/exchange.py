@@ -6,14 +6,12 @@ deadline is a failure by name and never stops the others.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
-
-from atoll.federation import messages
 
 FASTEST_POLL: Final = 0.03
 SLOWEST_POLL: Final = 0.5
@@ -42,17 +40,120 @@ def poll_delay(waited: float, slowest: float = SLOWEST_POLL) -> float:
     return min(max(waited * POLL_SHARE, FASTEST_POLL), slowest)
 
 
+class Reply(NamedTuple):
+    """What became of one message: what the device answered, or ``failure`` says why nothing."""
+
+    device: str
+    content: RecordDict | None
+    failure: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Replies:
-    """What came back, by device; ``failed`` says why the others are missing.
-
-    ``bytes_down`` and ``bytes_up`` count payload to and from all devices together.
-    """
+    """What came back, by device; ``failed`` says why the others are missing."""
 
     content: dict[str, RecordDict] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-    bytes_down: int = 0
-    bytes_up: int = 0
+
+
+def converse(
+    grid: Grid,
+    nodes: Mapping[str, int],
+    kind: str,
+    contents: Mapping[str, RecordDict],
+    timeout: float,
+    *,
+    group: str = "",
+    clock: Clock = SYSTEM_CLOCK,
+) -> Iterator[Reply]:
+    """Send each device its content; yield each reply as it comes, for ``timeout`` seconds at most.
+
+    ``nodes`` maps device to Flower node id; ``kind`` is a Flower message type. Messages leave
+    with the first reply that is asked for. Every device is yielded once; whoever has heard enough
+    stops asking, and the others' replies are never looked at. No reply is held here, so that a
+    cohort takes no more memory than one device does.
+    """
+    outgoing = [
+        Message(content, nodes[device], kind, ttl=timeout + _EXTRA_LIFE, group_id=group)
+        for device, content in contents.items()
+    ]
+    asked = clock.now()
+    deadline = asked + timeout
+    pending = {}
+    for device, message_id in zip(contents, grid.push_messages(outgoing), strict=True):
+        if message_id:
+            pending[message_id] = device
+        else:
+            yield Reply(device, None, "the SuperLink did not take the message")
+    del outgoing
+    while pending:
+        late = clock.now() >= deadline
+        for reply in grid.pull_messages(list(pending)):
+            yield _read(pending.pop(reply.metadata.reply_to_message_id), reply)
+        if late or not pending:
+            break
+        now = clock.now()
+        clock.pause(min(poll_delay(now - asked), max(deadline - now, 0.0)))
+    for device in pending.values():
+        yield Reply(device, None, f"no answer within {timeout:g} s")
+
+
+class Outstanding:
+    """Messages that devices have not answered yet, each with a deadline of its own.
+
+    For who asks the next device as soon as one has answered, where :func:`converse` asks all of
+    them once. Replies are held here from when they are looked for until they are read.
+    """
+
+    def __init__(self, grid: Grid, clock: Clock) -> None:
+        self._grid, self._clock = grid, clock
+        self._pending: dict[str, _Sent] = {}
+        self._failed: list[Reply] = []
+
+    def send(
+        self, device: str, node: int, kind: str, content: RecordDict, timeout: float, group: str
+    ) -> None:
+        """Send ``device`` a message that counts as unanswered after ``timeout`` seconds."""
+        message = Message(content, node, kind, ttl=timeout + _EXTRA_LIFE, group_id=group)
+        (message_id,) = self._grid.push_messages([message])
+        if message_id:
+            self._pending[message_id] = _Sent(device, timeout, self._clock.now() + timeout)
+        else:
+            self._failed.append(Reply(device, None, "the SuperLink did not take the message"))
+
+    def wait(self) -> list[Reply]:
+        """Return what has come or failed since the last time, one at least if any is due.
+
+        Each message that was sent is returned once. Nothing only when nothing is outstanding.
+        """
+        began = self._clock.now()
+        while True:
+            now = self._clock.now()
+            found, self._failed = self._failed, []
+            for reply in self._grid.pull_messages(list(self._pending)):
+                sent = self._pending.pop(reply.metadata.reply_to_message_id)
+                found.append(_read(sent.device, reply))
+            for message_id, sent in list(self._pending.items()):
+                if now >= sent.deadline:
+                    del self._pending[message_id]
+                    why = f"no answer within {sent.timeout:g} s"
+                    found.append(Reply(sent.device, None, why))
+            if found or not self._pending:
+                return found
+            left = min(sent.deadline for sent in self._pending.values()) - now
+            self._clock.pause(min(poll_delay(now - began), left))
+
+
+class _Sent(NamedTuple):
+    device: str
+    timeout: float
+    deadline: float
+
+
+def _read(device: str, reply: Message) -> Reply:
+    if reply.has_error():
+        return Reply(device, None, reply.error.reason or f"error {reply.error.code}")
+    return Reply(device, reply.content)
 
 
 def exchange(
@@ -65,39 +166,13 @@ def exchange(
     group: str = "",
     clock: Clock = SYSTEM_CLOCK,
 ) -> Replies:
-    """Send each device its content and wait at most ``timeout`` seconds for the replies.
-
-    ``nodes`` maps device to Flower node id; ``kind`` is a Flower message type.
-    """
-    devices = list(contents)
-    outgoing = [
-        Message(contents[device], nodes[device], kind, ttl=timeout + _EXTRA_LIFE, group_id=group)
-        for device in devices
-    ]
-    down = sum(messages.size(content) for content in contents.values())
-    asked = clock.now()
-    deadline = asked + timeout
-    pending = {}
-    replies = Replies(bytes_down=down)
-    up = 0
-    for device, message_id in zip(devices, grid.push_messages(outgoing), strict=True):
-        if message_id:
-            pending[message_id] = device
+    """Return all replies of :func:`converse` together, for answers that are small."""
+    replies = Replies()
+    for device, content, failure in converse(
+        grid, nodes, kind, contents, timeout, group=group, clock=clock
+    ):
+        if content is None:
+            replies.failed[device] = failure
         else:
-            replies.failed[device] = "the SuperLink did not take the message"
-    while pending:
-        late = clock.now() >= deadline
-        for reply in grid.pull_messages(list(pending)):
-            device = pending.pop(reply.metadata.reply_to_message_id)
-            if reply.has_error():
-                replies.failed[device] = reply.error.reason or f"error {reply.error.code}"
-            else:
-                replies.content[device] = reply.content
-                up += messages.size(reply.content)
-        if late or not pending:
-            break
-        now = clock.now()
-        clock.pause(min(poll_delay(now - asked), max(deadline - now, 0.0)))
-    for device in pending.values():
-        replies.failed[device] = f"no answer within {timeout:g} s"
-    return Replies(replies.content, replies.failed, down, up)
+            replies.content[device] = content
+    return replies

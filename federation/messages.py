@@ -10,6 +10,7 @@ weights it starts from; :data:`SUM` every other phase of the sum; :data:`EVALUAT
 :data:`QUERY` say their names.
 """
 
+from collections.abc import Iterable
 from typing import Final, TypeVar
 
 import msgspec
@@ -26,7 +27,12 @@ QUERY: Final = "query"
 
 
 class SumAsk(msgspec.Struct, frozen=True, kw_only=True, tag="sum"):
-    """One phase of a private sum for one party (see :mod:`atoll.privacy.sums`)."""
+    """One phase of a private sum for one party (see :mod:`atoll.privacy.sums`).
+
+    ``counted`` is the last round of the run whose sum this party's term is known to be in, 0 for
+    none: up to it, what the device carries from round to round stands
+    (:mod:`atoll.federation.kept`). It is here because :class:`TrainAsk` is one record for all.
+    """
 
     mode: str
     phase: str
@@ -38,6 +44,7 @@ class SumAsk(msgspec.Struct, frozen=True, kw_only=True, tag="sum"):
     bound: int
     parties: int
     min_survivors: int
+    counted: int = 0
 
     @property
     def spec(self) -> SumSpec:
@@ -58,6 +65,10 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     survivors the :class:`SumAsk` says; what rides is :class:`atoll.federation.riders.Riders`.
     ``proximal`` is μ of FedProx; with ``most_steps`` above 0 the update is divided by its effective
     steps (:func:`atoll.federation.strategies.effective_steps`).
+    With ``control_scale`` above 0 gradients are corrected by control variates, of which
+    ``control`` is the hub's, float32 little-endian, empty while it is zero
+    (:mod:`atoll.federation.control`).
+    With ``seconds`` above 0, local training ends after so many with what it has come to.
     With ``example_steps`` above 0 it is DP-SGD (:class:`atoll.federation.plan.ExamplePrivacy`).
     """
 
@@ -82,6 +93,10 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     example_sampling_rate: float = 0.0
     proximal: float = 0.0
     most_steps: float = 0.0
+    seconds: float = 0.0
+    control: bytes = b""
+    control_scale: float = 0.0
+    control_retained: float = 1.0
 
 
 class EvaluateAsk(msgspec.Struct, frozen=True, kw_only=True, tag="evaluate"):
@@ -151,10 +166,17 @@ def pack(*records: Record) -> RecordDict:
     )
 
 
+def share(contents: Iterable[RecordDict], record: Record) -> None:
+    """Add one record to all of ``contents``: it is there once, and is laid out and hashed once."""
+    shared = ConfigRecord(msgspec.structs.asdict(record))
+    for content in contents:
+        content[_tag(type(record))] = shared
+
+
 def unpack(content: RecordDict, kind: type[Kind]) -> Kind:
     """Read and validate one record; raise :class:`BadMessage` when it is missing or malformed."""
-    record = content.config_records.get(_tag(kind))
-    if record is None:
+    record = content.get(_tag(kind))
+    if not isinstance(record, ConfigRecord):
         raise BadMessage(f"the message carries no {_tag(kind)!r} record")
     fields = dict(record)
     fields["type"] = _tag(kind)
@@ -168,7 +190,8 @@ def size(content: RecordDict) -> int:
     """Return the bytes of payload that a message carries; Flower's envelope is not counted."""
     return sum(
         len(value)
-        for record in content.config_records.values()
+        for record in content.values()
+        if isinstance(record, ConfigRecord)
         for value in record.values()
         if isinstance(value, bytes)
     )

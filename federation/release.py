@@ -32,6 +32,11 @@ def update_spec(plan: Plan, clip_norm: float) -> UpdateSpec:
     )
 
 
+def values(plan: Plan, parameters: int) -> int:
+    """Return how many values a term has before what rides, for a model of ``parameters``."""
+    return parameters * (2 if plan.training.control_steps else 1)
+
+
 def amplification(plan: Plan, connected: int) -> float | None:
     """Return the sampling probability that the ledger may count on, or none.
 
@@ -94,6 +99,13 @@ def check_population(plan: Plan, trainers: int) -> None:
         raise BadParameters(
             f"privacy.delta = {delta:g} allows to give one of {trainers} devices away in full; "
             f"set it well below {1 / trainers:.1g}"
+        )
+    enough = plan.cohort.enough
+    most = parties(plan, trainers)
+    if plan.privacy.mode == "secagg" and enough is not None and 2 * enough <= most:
+        raise BadParameters(
+            f"cohort.enough = {enough} of {most} devices: masked sums are opened by more than "
+            f"half of those who are in them; raise enough to {most // 2 + 1}"
         )
     if rate is not None and rate * trainers < plan.cohort.min_devices:
         raise BadParameters(

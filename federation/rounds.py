@@ -39,11 +39,11 @@ from typing import Final, Literal
 import numpy as np
 from flwr.serverapp import Grid
 
-from atoll.federation import release, selection, strategies
+from atoll.federation import interim, release, selection, strategies
 from atoll.federation.checkpoints import Checkpoint, Checkpoints
 from atoll.federation.cohort import Cohort, Member, await_trainers, draw
 from atoll.federation.conversation import Conversation, Learned, RoundReport, Setting
-from atoll.federation.errors import BadPlan, RoundFailed
+from atoll.federation.errors import RoundFailed
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock
 from atoll.federation.parameters import Vector
 from atoll.federation.plan import Plan
@@ -92,22 +92,23 @@ def run_rounds(
     before a round starts, with its number and that of the trainers that are connected, and
     returns the ε spent so far (none when nothing bounds it); when it raises
     :class:`BudgetExceeded` the run ends with what has been trained. ``on_round`` hears of every
-    round, thrown away or not. ``entropy`` is what cohorts and the hub's noise are drawn from: a
-    fresh keystream, but for tests. ``left_out`` says before each round who may not train; a plan
-    with a ``cohort.rule`` does not run without.
+    round, thrown away or not, and again of one after which devices were asked for the accuracy.
+    ``entropy`` is what cohorts and the hub's noise are drawn from: a fresh keystream, but for
+    tests. ``left_out`` says before each round who may not train; a plan with a ``cohort.rule``
+    does not run without.
 
     Raises :class:`RoundFailed` when too few devices are there or answer, :class:`BadPlan`,
     :class:`atoll.privacy.errors.BadParameters` for a plan that cannot be private or decoded,
     and :class:`atoll.federation.errors.BadCheckpoint`.
     """
     entropy = entropy or Keystream.fresh()
-    if plan.cohort.rule is not None and left_out is None:
-        raise BadPlan("cohort.rule needs somebody who knows the devices, and this run has nobody")
+    left_out = selection.judged(plan.cohort.rule, left_out)
     setting = Setting(grid, plan, cohort, run, clock, entropy)
     state = _resume(run, session, checkpoints) or Checkpoint.fresh(run, initial)
     spec = release.update_spec(plan, state.clip_norm or plan.privacy.clip_norm)
+    values = release.values(plan, len(initial))
     most = release.parties(plan, len(cohort.trainers))
-    modes.check(plan.privacy.mode, spec, len(initial), most)
+    modes.check(plan.privacy.mode, spec, values, most)
     release.check_population(plan, len(cohort.trainers))
     rate, least = plan.cohort.sampling_rate, plan.cohort.min_devices
     failures, hoped = 0, len(cohort.trainers)
@@ -119,11 +120,11 @@ def run_rounds(
         # A sampled plan's δ counts on no more rounds than planned, so there none takes its place.
         state = replace(state, ended=state.begun, lost=state.lost + (rate is None))
         _save(state, checkpoints)
-        on_round(_broken_off(state, cohort, spec.clip_norm))
+        on_round(broken_off(state, cohort, spec.clip_norm))
     while number <= plan.rounds + state.lost:
         trainers = selection.await_allowed(
             cohort.trainers,
-            left_out or selection.nobody,
+            left_out,
             least=least,
             timeout=plan.cohort.round_timeout,
             clock=clock,
@@ -150,18 +151,31 @@ def run_rounds(
         state = replace(state, begun=number, turns=turns)
         _save(state, checkpoints)
         clip_norm = state.clip_norm or plan.privacy.clip_norm
-        talk = Conversation(setting, number, state.weights, clip_norm, drawn, present)
+        talk = Conversation(
+            setting,
+            number,
+            state.weights,
+            clip_norm,
+            drawn,
+            present,
+            state.counted,
+            state.control,
+        )
         learned = talk.learn(session)
         if learned is not None:
             failures = 0
-            state = replace(stepped(state, learned, plan), session=session.dump())
+            state = stepped(state, learned, plan)
+            state = replace(state, session=session.dump(), counted=talk.counted)
         elif number == repeated:
             state = replace(state, lost=state.lost + 1)
         elif len(drawn) >= least:
             failures += 1
         state = replace(state, ended=number)
         _save(state, checkpoints)
-        on_round(talk.report(epsilon))
+        report = replace(talk.report(epsilon), lost=learned is None and number == repeated)
+        on_round(report)
+        if learned is not None and interim.due(plan, state.trained):
+            on_round(interim.measured(report, setting, state.result))
         if failures == PATIENCE:
             raise RoundFailed(
                 f"{PATIENCE} rounds in a row were thrown away ({talk.why}); "
@@ -190,10 +204,11 @@ def stepped(state: Checkpoint, learned: Learned, plan: Plan) -> Checkpoint:
         tail=tail,
         tailed=tailed,
         clip_norm=learned.clip_norm,
+        control=learned.control,
     )
 
 
-def _broken_off(state: Checkpoint, cohort: Cohort, clip_norm: float) -> RoundReport:
+def broken_off(state: Checkpoint, cohort: Cohort, clip_norm: float) -> RoundReport:
     """Return the report of a round that is lost: nothing is known of it but that it began."""
     why = "the hub's process ended in this round, and it cannot be repeated"
     return RoundReport(
@@ -206,6 +221,7 @@ def _broken_off(state: Checkpoint, cohort: Cohort, clip_norm: float) -> RoundRep
         bytes_up=0,
         bytes_down=0,
         clip_norm=clip_norm,
+        lost=True,
     )
 
 

@@ -83,8 +83,12 @@ def write(
     golden: Golden,
     facts: Mapping[str, Any],
     verdicts: Sequence[Verdict],
+    weights: Mapping[str, str],
 ) -> Manifest:
-    """Write the bundle to ``out`` and return its manifest; ``created`` is in Unix seconds."""
+    """Write the bundle to ``out`` and return its manifest; ``created`` is in Unix seconds.
+
+    ``weights`` are the digests of those that the run began and ended with, ``in`` and ``out``.
+    """
     manifest = Manifest(
         model=plan.model,
         task=plan.task,
@@ -106,13 +110,17 @@ def write(
             bundles.MODEL: model,
             bundles.PROFILE: profile.encode(),
             bundles.GOLDEN: bundles.encode_golden(golden),
-            bundles.CARD: card(manifest, plan, facts, verdicts).encode(),
+            bundles.CARD: card(manifest, plan, facts, verdicts, weights).encode(),
         },
     )
 
 
 def card(
-    manifest: Manifest, plan: Plan, facts: Mapping[str, Any], verdicts: Sequence[Verdict]
+    manifest: Manifest,
+    plan: Plan,
+    facts: Mapping[str, Any],
+    verdicts: Sequence[Verdict],
+    weights: Mapping[str, str],
 ) -> str:
     """Return the model card, Markdown (after Mitchell et al., "Model Cards", 2019)."""
     privacy = plan.privacy
@@ -150,7 +158,7 @@ def card(
                 f"Federated averaging, {facts['rounds']['trained']} rounds, "
                 f"{facts['devices']['trainers']} devices; the data stayed on them. "
                 f"Sums in mode `{privacy.mode}`, updates clipped to an L2 norm of "
-                f"{privacy.clip_norm:g}, noise multiplier {privacy.noise_multiplier:g}{against}."
+                f"{_clipped(plan, facts)}, noise multiplier {privacy.noise_multiplier:g}{against}."
             ),
             "",
             (
@@ -173,6 +181,14 @@ def card(
             "## Gates",
             *gates,
             "",
+            "## Record",
+            (
+                f"`atoll plan record {manifest.run}` at the hub tells the plan, what code ran, "
+                "what was charged, and the digests of what came in and out. SHA-256 of the "
+                f"float32 weights that training began with: `{weights['in']}`, and that it ended "
+                f"with: `{weights['out']}`."
+            ),
+            "",
             "## Limits",
             (
                 "Accuracy is that of the devices of this fleet, at the time of the run. What "
@@ -182,6 +198,12 @@ def card(
             "",
         ]
     )
+
+
+def _clipped(plan: Plan, facts: Mapping[str, Any]) -> str:
+    """Say which clipping norm was used: of one that adapts, the last and the first."""
+    first, last = plan.privacy.clip_norm, facts["privacy"].get("clip_norm")
+    return f"{first:g}" if last is None else f"{last:.4g} in the last round, adapted from {first:g}"
 
 
 def _numbers(facts: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

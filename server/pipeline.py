@@ -20,10 +20,9 @@ from typing import Any, Final, NamedTuple
 
 from flwr.serverapp import Grid
 
-from atoll.federation import evaluation, parameters, release, rounds
+from atoll.federation import buffered, evaluation, parameters, release, rounds
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.cohort import Cohort
-from atoll.federation.conversation import RoundReport
 from atoll.federation.errors import BadPlan, RoundFailed
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock
 from atoll.federation.messages import EvaluateReply
@@ -34,7 +33,7 @@ from atoll.fleet.bundle import Manifest
 from atoll.fleet.features import FeatureSpec
 from atoll.privacy.ledger import Event, Gaussian, Ledger, Unnoised
 from atoll.privacy.modes import HubSession
-from atoll.server import candidates, export, fairness, measures, policy, spread
+from atoll.server import candidates, export, fairness, measures, policy, record, spread
 from atoll.server.measures import sides_of, total
 from atoll.server.policy import Rule, Verdict
 from atoll.server.questions import Confusion, Evaluation, Questions, Tally
@@ -46,12 +45,13 @@ CALIBRATED_SHARE: Final = 0.9999
 LISTED: Final = 200
 """Devices that a run lists as left out; of more, their number alone is told."""
 
-_SIGNAL_AXES: Final = 2
-
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be run, by whom and over which grid. ``created`` is in Unix seconds."""
+    """What is to be run, by whom and over which grid. ``created`` is in Unix seconds.
+
+    ``attempt`` is how often the run has been started, this time included.
+    """
 
     grid: Grid
     plan: Plan
@@ -61,6 +61,7 @@ class Job:
     created: float
     rules: Sequence[Rule] = policy.RULES
     clock: Clock = SYSTEM_CLOCK
+    attempt: int = 1
     left_out: Callable[[], Mapping[str, str]] | None = None
     """Says which trainers may not train now by ``cohort.rule``, and why."""
 
@@ -117,8 +118,14 @@ def run(
         recorder.metrics(found)
 
     recorder.stage("train")
-    outcome = _train(job, session, ledger, examples, recorder, note, checkpoints)
+    initial = parameters.flatten(job.task.model(job.plan.seed))
+    recorder.record(
+        record.beginning(job.plan, job.task, job.cohort, initial, job.attempt, job.created)
+    )
+    outcome = _train(job, session, ledger, examples, recorder, note, checkpoints, initial)
     weights = outcome.weights
+    digests = {"in": record.of_weights(initial), "out": record.of_weights(weights)}
+    recorder.record({"weights": digests})
     if outcome.turns:  # "known" are those that were asked to train
         turns = [outcome.turns.get(name, 0) for name in job.cohort.trainers]
         note(turns={"devices": len(turns), "fewest": min(turns), "most": max(turns)})
@@ -164,7 +171,9 @@ def run(
         golden=check.golden,
         facts=facts,
         verdicts=verdicts,
+        weights=digests,
     )
+    recorder.record({"files": record.files_of(manifest)})
     return Result(manifest, verdicts, facts)
 
 
@@ -189,9 +198,9 @@ def example_event(plan: Plan) -> Gaussian | None:
 
 
 def features_of(task: Task) -> FeatureSpec:
-    """Return what is watched of a task's examples: signals by moments, tables by columns."""
-    signals = len(task.input_shape) == _SIGNAL_AXES
-    return FeatureSpec(kind="channel-stats" if signals else "columns", channels=task.channels)
+    """Return what is watched of examples: signals and images by moments, tables by columns."""
+    table = len(task.input_shape) == 1
+    return FeatureSpec(kind="columns" if table else "channel-stats", channels=task.channels)
 
 
 def _train(
@@ -202,9 +211,9 @@ def _train(
     recorder: Recorder,
     note: Callable[..., None],
     checkpoints: Checkpoints | None,
+    initial: parameters.Vector,
 ) -> rounds.Outcome:
     plan = job.plan
-    reports: list[RoundReport] = []
     of_example = example_event(plan)
 
     def charge(number: int, connected: int) -> float | None:
@@ -217,18 +226,15 @@ def _train(
         spent = ledger.charge(charge_id, event).epsilon_pld
         return spent if isfinite(spent) else None
 
-    def heard(report: RoundReport) -> None:
-        reports.append(report)
-        recorder.round(report)
-
-    outcome = rounds.run_rounds(
+    run_plan = buffered.run_buffered if plan.asynchrony else rounds.run_rounds
+    outcome = run_plan(
         job.grid,
         plan,
         job.cohort,
         session,
         charge,
-        heard,
-        parameters.flatten(job.task.model(plan.seed)),
+        recorder.round,
+        initial,
         run=job.run,
         checkpoints=checkpoints,
         clock=job.clock,
@@ -247,14 +253,17 @@ def _train(
             "epsilon": of_examples.epsilon_pld,
             "delta": of_examples.delta,
         }
-    if plan.privacy.clip == "adaptive" and reports:
-        privacy["clip_norm"] = reports[-1].clip_norm
+    reports = recorder.rounds_told()
+    ended = [report for report in reports if not report.lost]
+    if plan.privacy.clip == "adaptive" and ended:
+        privacy["clip_norm"] = ended[-1].clip_norm
     note(
         rounds={
             "planned": plan.rounds,
             "trained": outcome.rounds,
+            "lost": len(reports) - len(ended),
             "ended": outcome.ended,
-            "seconds": sum(report.seconds for report in reports) / max(len(reports), 1),
+            "seconds": sum(report.seconds for report in ended) / max(len(ended), 1),
             "bytes_up": sum(report.bytes_up for report in reports),
             "bytes_down": sum(report.bytes_down for report in reports),
         },

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from atoll.federation.client_app import KEPT_RUNS, AnsweredHere, _Sums
+from atoll.federation.client_app import AnsweredHere, _Sums
+from atoll.federation.kept import RUNS
 from atoll.federation.messages import SumAsk
 from atoll.privacy.errors import Refused
 from atoll.privacy.modes import hub_session
@@ -34,7 +35,7 @@ def ask(run: str, number: int) -> SumAsk:
 def test_forgetting_a_run_does_not_open_its_rounds_again() -> None:
     sums = _Sums(lambda _: PlainParty("me"), AnsweredHere())
     sums.answer(ask("mine", 1), TERM)
-    for other in range(KEPT_RUNS):
+    for other in range(RUNS):
         sums.answer(ask(f"other-{other}", 1), TERM)
     with pytest.raises(Refused, match="round 1"):
         sums.answer(ask("mine", 1), TERM)

@@ -1,0 +1,138 @@
+"""What a device keeps of a run from one round to the next, besides its examples.
+
+    kept = KeptFiles(directory)                     on a device;  KeptHere() in simulations
+    carried = Carried(kept, run, "residual")
+    before = carried.as_of(counted, fresh)          float32 (n,)
+    carried.put(number, before, after)
+
+Some ways of training remember something on the device: what a codec left out, a control variate,
+layers that never leave. A device does not learn from a sum whether its term got into it. So what
+it carries has two values: that of the last round known to have counted, and that of a later
+one, which becomes the first when the hub says in a later round that it counted, and is forgotten
+when it did not. A round asked again begins from the same value, and ends with the same bytes.
+"""
+
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from shutil import rmtree
+from typing import Final, Protocol
+
+import numpy as np
+
+from atoll.federation.parameters import Vector
+
+RUNS: Final = 4
+"""What belongs to the latest runs is kept; an older run has ended."""
+
+
+class Kept(Protocol):
+    """Bytes by run and name, on this device alone."""
+
+    def load(self, run: str, name: str) -> bytes | None:
+        """Return what was saved last, or none."""
+        ...
+
+    def save(self, run: str, name: str, value: bytes) -> None:
+        """Replace it, durably, before the round is answered; raises :class:`OSError`."""
+        ...
+
+
+class KeptHere:
+    """Keeps as long as the process lives: for the in-process engine and for tests."""
+
+    def __init__(self) -> None:
+        self._by_run: dict[str, dict[str, bytes]] = {}
+
+    def load(self, run: str, name: str) -> bytes | None:
+        """Return what was saved last, or none."""
+        return self._by_run.get(run, {}).get(name)
+
+    def save(self, run: str, name: str, value: bytes) -> None:
+        """Replace it."""
+        held = self._by_run.pop(run, {})
+        held[name] = value
+        self._by_run[run] = held
+        while len(self._by_run) > RUNS:
+            del self._by_run[next(iter(self._by_run))]
+
+
+class KeptFiles:
+    """Keeps in files, a directory for each run; named by digests, as a run's name is the hub's."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def load(self, run: str, name: str) -> bytes | None:
+        """Return what was saved last, or none."""
+        try:
+            return self._file(run, name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def save(self, run: str, name: str, value: bytes) -> None:
+        """Replace it whole: written beside its place, flushed to the disk, renamed."""
+        file = self._file(run, name)
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        beside = file.with_suffix(".part")
+        try:
+            with beside.open("wb") as out:
+                out.write(value)
+                out.flush()
+                os.fsync(out.fileno())
+            beside.replace(file)
+        finally:
+            beside.unlink(missing_ok=True)
+        file.parent.touch()
+        self._forget()
+
+    def _file(self, run: str, name: str) -> Path:
+        digests = (hashlib.sha256(part.encode()).hexdigest()[:32] for part in (run, name))
+        return self._directory.joinpath(*digests)
+
+    def _forget(self) -> None:
+        held = sorted(self._directory.iterdir(), key=lambda run: run.stat().st_mtime_ns)
+        for run in held[:-RUNS]:
+            rmtree(run, ignore_errors=True)
+
+
+class Carried:
+    """One vector that a device carries through a run."""
+
+    def __init__(self, kept: Kept, run: str, name: str) -> None:
+        self._kept, self._run, self._name = kept, run, name
+
+    def as_of(self, counted: int, fresh: Callable[[], Vector]) -> Vector:
+        """Return the value to begin with, float32 ``(n,)``, when round ``counted`` counted last.
+
+        ``fresh()`` gives that of the first round, and of a device that has lost what it kept.
+        """
+        known = self._read()
+        if known is None:
+            return fresh()
+        number, before, after = known
+        return after if 0 < number <= counted else before
+
+    def put(self, number: int, before: Vector, after: Vector) -> None:
+        """Keep ``after``, which is the value if round ``number`` counts, and ``before`` if not."""
+        body = io.BytesIO()
+        np.savez(body, number=np.array(number), before=before, after=after)
+        self._kept.save(self._run, self._name, body.getvalue())
+
+    def _read(self) -> tuple[int, Vector, Vector] | None:
+        held = self._kept.load(self._run, self._name)
+        if held is None:
+            return None
+        try:
+            with np.load(io.BytesIO(held), allow_pickle=False) as file:
+                return (
+                    int(file["number"]),
+                    file["before"].astype(np.float32),
+                    file["after"].astype(np.float32),
+                )
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            # A damaged file is a lost one: what was carried begins anew.
+            return None
