@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, Protocol
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from atoll.federation import local_update, messages, parameters, training
+from atoll.federation import local_update, messages, parameters
 from atoll.federation.errors import BadMessage
 from atoll.federation.kept import RUNS, Kept, KeptHere
 from atoll.federation.task import Task
@@ -137,6 +137,8 @@ def build(
         _check_task(task, ask.task)
         if ask.split != "test":
             raise BadMessage("a device evaluates on its held-back examples alone")
+        from atoll.federation import training  # loads torch, which a waiting device need not hold
+
         done = training.evaluate(
             task.model(0), parameters.from_bytes(ask.weights), task.load(data, "test")
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from atoll.federation import messages, parameters, training
+from atoll.federation import messages, parameters
 from atoll.federation.errors import BadMessage
 from atoll.federation.kept import Kept
 from atoll.federation.parameters import Vector
@@ -35,6 +35,9 @@ def make(
     :class:`atoll.privacy.errors.BadUpdate`.
     """
     del kept
+    # Imported here: it loads torch, which a device that waits for a round need not hold.
+    from atoll.federation import training
+
     seed = training.local_seed(work.seed, ask.run, ask.round, ask.party)
     before = parameters.from_bytes(work.weights)
     model, examples, how = task.model(0), task.load(data, "train"), training_of(work)
