@@ -3,10 +3,10 @@
     python -m benchmarks.fleet_round [--json] [--devices 10] [--rounds 6] [--peer-rounds 3]
 
 Ours: warm nodes, each a process with what a training process has imported, over the embedded
-SuperLink with TLS and registered node keys (:mod:`benchmarks.fleet_apps`). They train one layer of
-a million float32 weights, 4 MB, on one batch of ten rows. That training, the making of terms from
-real updates, the sum and the step are all in the figure; it is the median of the rounds after the
-first, in which torch is loaded. Devices speak to the SuperLink itself and not through the
+SuperLink with TLS and registered node keys (:mod:`benchmarks.fleet_device`). They train one layer
+of a million float32 weights, 4 MB, on one batch of ten rows. That training, the making of terms
+from real updates, the sum and the step are all in the figure; it is the median of the rounds after
+the first, in which torch is loaded. Devices speak to the SuperLink itself and not through the
 hub's front.
 
 Stock: Flower's own SuperLink and SuperNodes, over TLS without node keys, with the same weights and
@@ -52,7 +52,7 @@ from atoll.federation.flower import (
 from atoll.fleet.authority import Authority
 from atoll.fleet.identity import Identity
 from atoll.server.supervisor import Address, Child, Supervisor
-from benchmarks.fleet_apps import WIDTH
+from benchmarks.fleet_server import PARAMETERS
 from benchmarks.peers import stock_app
 from benchmarks.rows import Row, report
 
@@ -173,7 +173,7 @@ def ours(devices: int, rounds: int) -> Took:
             identity, public = _identity(hub, name)
             nodes[name] = admin.register_node(public)
             certificates[name] = (identity / "cert.pem").read_text()
-            command = [sys.executable, "-m", "benchmarks.fleet_apps", f"https://{address}"]
+            command = [sys.executable, "-m", "benchmarks.fleet_device", f"https://{address}"]
             hub.start(name, Program([*command, str(identity), str(hub.folder), name], {}))
         active = '/activate-node HTTP/1.1" 200'
         hub.wait("devices", lambda: hub.said("superlink").count(active) >= devices, "device-0")
@@ -188,7 +188,7 @@ def ours(devices: int, rounds: int) -> Took:
                 "certificates": certificates,
             }
             (hub.folder / "job.json").write_text(json.dumps(job))
-            run = admin.start_run("benchmarks.fleet_apps:server", {})
+            run = admin.start_run("benchmarks.fleet_server:server", {})
             took[mode] = _result(hub, admin, run, hub.folder / f"{mode}.json", mode)
         admin.close()
     return Took(took, memory)
@@ -225,7 +225,7 @@ def stock(devices: int, rounds: int) -> Took:
         config = {
             "devices": devices,
             "rounds": rounds,
-            "parameters": WIDTH * WIDTH,
+            "parameters": PARAMETERS,
             "result": str(result),
         }
         run = _start_stock(address, hub.authority.cert_pem, config)
@@ -291,9 +291,8 @@ def _resident(pid: int) -> int:
     return sum(one.memory_info().rss for one in (root, *root.children(recursive=True)))
 
 
-def rows(devices: int, rounds: int, peer_rounds: int) -> list[Row]:
-    """Measure both."""
-    mine, theirs = ours(devices, rounds), stock(devices, peer_rounds)
+def rows(devices: int, mine: Took, theirs: Took) -> list[Row]:
+    """Return what both took; goals are set for :data:`GOAL_DEVICES`."""
     goals = devices == GOAL_DEVICES
     peer = theirs.rounds["stock"]
     found = [
@@ -335,7 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=6, help="at least 2")
     parser.add_argument("--peer-rounds", type=int, default=3, help="at least 2")
     given = parser.parse_args(arguments)
-    return report(rows(given.devices, given.rounds, given.peer_rounds), given.json)
+    mine, theirs = ours(given.devices, given.rounds), stock(given.devices, given.peer_rounds)
+    return report(rows(given.devices, mine, theirs), given.json)
 
 
 if __name__ == "__main__":

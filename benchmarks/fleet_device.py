@@ -1,12 +1,10 @@
-"""What the devices and the server side of :mod:`benchmarks.fleet_round` run, in their processes.
+"""A device of :mod:`benchmarks.fleet_round`, until SIGTERM.
 
-    python -m benchmarks.fleet_apps URL IDENTITY_DIR DATA_DIR DEVICE     # a device, until SIGTERM
+    python -m benchmarks.fleet_device URL IDENTITY_DIR DATA_DIR DEVICE
 
-``server`` is the ServerApp, loaded by Flower's executor; its job and its result are files in
-``$BENCH_FOLDER``.
+What its process imports is what a training process imports, so that it weighs the same.
 """
 
-import json
 import os
 import signal
 import sys
@@ -16,16 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
 
-from atoll.edge_agent import trainer  # so that a device here weighs what a real one weighs
-from atoll.federation import client_app, plan, rounds
-from atoll.federation.bundled_grid import BundledGrid
+from atoll.edge_agent import trainer
+from atoll.federation import client_app
 from atoll.federation.task import Examples, Split
 from atoll.federation.warm_node import WarmNode
 from atoll.fleet.identity import Identity, Peer, peer_of
-from atoll.privacy.modes import PartyIdentity, hub_session, party_session
+from atoll.privacy.modes import PartyIdentity, party_session
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,40 +52,6 @@ class Square:
         rng = np.random.default_rng(0)
         x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
         return Examples(x, rng.integers(0, WIDTH, ROWS))
-
-
-server = ServerApp()
-
-
-@server.main()
-def serve(grid: Grid, _: Context) -> None:
-    """Run the plan and write what each round took."""
-    folder = Path(os.environ["BENCH_FOLDER"])
-    job = json.loads((folder / "job.json").read_text())
-    the_plan = plan.loads(job["plan"])
-    members = {
-        name: rounds.Member(int(node), job["certificates"][name].encode())
-        for name, node in job["nodes"].items()
-    }
-    cohort = rounds.Cohort(members, sorted(members), sorted(members))
-    seconds: list[float] = []
-
-    def on_round(report: rounds.RoundReport) -> None:
-        if report.dropped:
-            raise RuntimeError(f"devices dropped out: {report.dropped}")
-        seconds.append(report.seconds)
-
-    rounds.run_rounds(
-        BundledGrid(grid),
-        the_plan,
-        cohort,
-        hub_session(the_plan.privacy.mode, cohort.roster),
-        lambda *_: None,
-        on_round,
-        np.zeros(WIDTH * WIDTH, np.float32),
-        run=the_plan.name,
-    )
-    (folder / f"{the_plan.name}.json").write_text(json.dumps(seconds))
 
 
 def device(url: str, identity: Path, data: Path, name: str) -> None:
