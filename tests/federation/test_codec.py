@@ -226,7 +226,7 @@ def test_an_update_that_diverged_where_it_is_not_sent_is_refused(bad: float) -> 
             "control variates",
         ),
         (
-            '[codec]\nkind = "random-mask"\nshare = 0.5\n[privacy]\nmode = "plain"\n[asynchrony]',
+            '[codec]\nkind = "random-mask"\nshare = 0.5\n[privacy]\nmode = "plain"\n[asynchrony]\nbuffer = 2',
             "codec.kind is for rounds",
         ),
         ('[codec]\ndownlink = "float8"', "downlink"),
