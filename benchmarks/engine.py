@@ -1,6 +1,7 @@
 """What a round of the in-process engine costs for each device beside its training.
 
     python -m benchmarks.engine [--json] [--parameters 8000,1000000] [--devices 50] [--rounds 5]
+                                [--alone]
 
 A round of a plan in the clear with a client that does nothing: it reads what it was sent and
 answers with zeros, which are checked, laid out, carried, checked again and added like any update.
@@ -9,14 +10,18 @@ it does once in a round: the least of several rounds' seconds, divided by the de
 
 Two things are told beside it. What a device does to a real update before it can be summed, which
 is to clip it, to round it at random and to write it as integers; a client pays for that, as it
-pays for training. And, where it is installed, the same by Flower's simulation on Ray, whose client
-returns the arrays that it was sent (:mod:`benchmarks.peer_flower_overhead`).
+pays for training. And the same by Flower's simulation on Ray, whose client returns the arrays that
+it was sent (:mod:`benchmarks.peers.flower_ray`), in an environment of its own; ``--alone`` leaves
+it out.
 """
 
 import argparse
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -30,6 +35,7 @@ from atoll.privacy.keystream import Keystream
 from atoll.privacy.modes import hub_session
 from atoll.privacy.plain import PlainParty
 from atoll.privacy.sums import Integers
+from benchmarks.peers import environments
 from benchmarks.rows import Row, best_of, report
 
 GOALS: Final = {8_000: 0.5, 1_000_000: 3.0}
@@ -66,12 +72,15 @@ def plan_of(devices: int, count: int) -> plan.Plan:
     return plan.loads(_PLAN.format(rounds=count, devices=devices))
 
 
-def seconds_a_round(parameters: int, devices: int, count: int) -> list[float]:
-    """Return what each of ``count`` rounds of the engine took; every update must be in each."""
+def seconds_a_round(parameters: int, devices: int, count: int, value: int = 0) -> list[float]:
+    """Return what each of ``count`` rounds of the engine took; every update must be in each.
+
+    An update is ``parameters`` times ``value``.
+    """
     names = [f"device-{number}" for number in range(devices)]
     members = {name: rounds.Member(number + 1, b"") for number, name in enumerate(names)}
     cohort = rounds.Cohort(members, names, names)
-    term = np.zeros(parameters, np.int64)
+    term = np.full(parameters, value, np.int64)
     grid = InProcessGrid({member.node_id: idle(name, term) for name, member in members.items()})
     ends: list[float] = []
 
@@ -91,7 +100,7 @@ def seconds_a_round(parameters: int, devices: int, count: int) -> list[float]:
         run="benchmark",
         clock=grid.clock,
     )
-    return list(np.diff([began, *ends]))
+    return [float(seconds) for seconds in np.diff([began, *ends])]
 
 
 def encoding(parameters: int, devices: int) -> float:
@@ -103,11 +112,34 @@ def encoding(parameters: int, devices: int) -> float:
     return best_of(lambda: local_update.encoded(change, 1, 1, the_plan.training, riders, spec, rng))
 
 
-def rows(parameters: Sequence[int], devices: int, count: int) -> list[Row]:
-    """Measure every size of model."""
+def flowers(parameters: int, devices: int, count: int) -> float | None:
+    """Return the seconds of a round of Flower on Ray, the least of several; none without it."""
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder) / "weights.npy", np.zeros(parameters, np.float32))
+        given = {
+            "folder": folder,
+            "work": "echo",
+            "clients": devices,
+            "warm": 1,
+            "rounds": count,
+            "actors": os.cpu_count(),
+            "threads": 1,
+        }
+        try:
+            said = environments.run("flower-ray", environments.FOLDER / "flower_ray.py", given)
+        except environments.PeerMissing as error:
+            print(f"Flower on Ray: left out; {error}", file=sys.stderr)
+            return None
+    return min(float(seconds) for seconds in said["seconds"])
+
+
+def rows(parameters: Sequence[int], devices: int, count: int, *, alone: bool) -> list[Row]:
+    """Measure every size of model; ``alone`` without Flower."""
     found = []
     for size in parameters:
         ours = 1e3 * min(seconds_a_round(size, devices, count)) / devices
+        theirs = None if alone else flowers(size, devices, count)
+        peer = None if theirs is None else 1e3 * theirs / devices
         goal = GOALS.get(size)
         case = f"{size:,} parameters, {devices} devices"
         found.append(
@@ -116,6 +148,9 @@ def rows(parameters: Sequence[int], devices: int, count: int) -> list[Row]:
                 metric="engine, a client update",
                 unit="ms",
                 ours=ours,
+                peer=peer,
+                peer_name=None if peer is None else "Flower on Ray",
+                ratio=None if peer is None else peer / ours,
                 goal=goal,
                 met=None if goal is None else ours <= goal,
             )
@@ -138,8 +173,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parameters", type=_numbers, default=list(GOALS))
     parser.add_argument("--devices", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--alone", action="store_true", help="leave Flower on Ray out")
     given = parser.parse_args(arguments)
-    return report(rows(given.parameters, given.devices, given.rounds), given.json)
+    found = rows(given.parameters, given.devices, given.rounds, alone=given.alone)
+    return report(found, given.json)
 
 
 def _numbers(text: str) -> list[int]:
