@@ -20,10 +20,15 @@ BATCH: Final = 256
 
 
 class Rows(NamedTuple):
-    """A device's examples: ``x`` float32 ``(n, *shape)``, ``y`` int64 ``(n,)``."""
+    """A device's examples: ``x`` float32 ``(n, *shape)``, ``y`` int64 ``(n,)``.
+
+    ``group`` int64 ``(n,)`` is one of ``groups``, or -1 for none; none for a task without groups.
+    """
 
     x: npt.NDArray[np.float32]
     y: npt.NDArray[np.int64]
+    group: npt.NDArray[np.int64] | None = None
+    groups: int = 0
 
 
 Source = Callable[[queries.Split], Rows]
@@ -48,14 +53,22 @@ def handlers(source: Source) -> Mapping[str, Handler]:
 
 
 def evaluate(source: Source, data: bytes) -> bytes:
-    """Count true against predicted classes of a model."""
+    """Count true against predicted classes of a model, by group too if these are asked for."""
     asked = queries.decode(data, queries.EvaluateOnnx)
     rows = source(asked.split)
     outputs = np.concatenate([first for first, _ in _run(asked.model, rows.x)])
     classes = max(outputs.shape[1], int(rows.y.max(initial=0)) + 1)
+    predicted = outputs.argmax(axis=1)
     confusion = np.zeros((classes, classes), np.int64)
-    np.add.at(confusion, (rows.y, outputs.argmax(axis=1)), 1)
-    answer = queries.Evaluated(confusion=confusion.tolist(), rows=len(rows.y))
+    np.add.at(confusion, (rows.y, predicted), 1)
+    by_group = np.zeros((0, classes, classes), np.int64)
+    if rows.group is not None and asked.groups == rows.groups:
+        known = rows.group >= 0
+        by_group = np.zeros((rows.groups, classes, classes), np.int64)
+        np.add.at(by_group, (rows.group[known], rows.y[known], predicted[known]), 1)
+    answer = queries.Evaluated(
+        confusion=confusion.tolist(), rows=len(rows.y), by_group=by_group.tolist()
+    )
     return queries.encode(answer)
 
 

@@ -58,6 +58,7 @@ UNDERSTOOD: Final = frozenset(
         "batch_size",
         "learning_rate",
         "momentum",
+        "control_steps",
         # These say what the hub does with an update, and nothing about how it is made.
         "strategy",
         "server_learning_rate",
@@ -79,10 +80,14 @@ _PROBES: Final = (5, 3)
 
 
 class Client(NamedTuple):
-    """What one client trains on, and the seed of its batch order."""
+    """What one client trains on, and the seed of its batch order.
+
+    ``correction`` float32 ``(n,)``, or none, is added to each of its gradients.
+    """
 
     examples: Examples
     seed: int
+    correction: Vector | None = None
 
 
 def train(
@@ -298,6 +303,7 @@ class _Stack:
             for name, value in self._start.items()
         }
         velocity = {name: torch.zeros_like(value) for name, value in values.items()}
+        corrections = self._corrections([clients[i] for i in order])
         losses, seen = torch.zeros(2, len(clients), device=self._device)
         before = self._model.training
         self._model.train()
@@ -308,6 +314,8 @@ class _Stack:
                 weight = (places[:width] < count[:, None]) / count[:, None]
                 now = {name: value[:active] for name, value in values.items()}
                 gradients, loss = self._gradients(now, x[at], y[at], weight)
+                for name, correction in corrections.items():
+                    gradients[name] = gradients[name] + correction[:active]
                 self._descend(now, velocity, gradients)
                 real = count * last[step, :active]
                 losses[:active] += loss * real
@@ -318,8 +326,26 @@ class _Stack:
         places_of = {i: place for place, i in enumerate(order)}
         vectors = self._vectors(values, len(clients))
         return [
-            Trained(vectors[places_of[i]], float(mean[places_of[i]])) for i in range(len(clients))
+            Trained(
+                vectors[places_of[i]],
+                float(mean[places_of[i]]),
+                int(np.count_nonzero(plan.counts[:, places_of[i]])),
+            )
+            for i in range(len(clients))
         ]
+
+    def _corrections(self, clients: Sequence[Client]) -> dict[str, Tensor]:
+        """Return what is added to each client's gradients, by parameter; nothing for none."""
+        given = [client.correction for client in clients]
+        if all(correction is None for correction in given):
+            return {}
+        none = np.zeros_like(self._weights)
+        stacked = self._tensor(np.stack([none if one is None else one for one in given]))
+        return {
+            name: stacked[:, span].reshape(len(clients), *shape)
+            for name, (span, shape) in self._layout.items()
+            if name in self._start
+        }
 
     def _descend(
         self,

@@ -6,12 +6,15 @@ end is for :mod:`atoll.federation.rounds` to say.
 """
 
 import io
+import json
 import os
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import numpy as np
 
 from atoll.federation.errors import BadCheckpoint
@@ -32,6 +35,10 @@ class Checkpoint:
     break off and could not be repeated.
     ``session`` is what the hub's side of the sums keeps between rounds; nothing secret.
     ``clip_norm`` is the clipping norm to go on with; none before it was ever moved.
+    ``counted`` is the last round of each device whose sum its term is in; ``control`` float32
+    ``(n,)`` the hub's control variate, empty before there is one.
+    ``turns`` counts by device how often it was asked, where the plan takes devices in turns,
+    by a rule, or as they come.
     """
 
     run: str
@@ -46,6 +53,9 @@ class Checkpoint:
     clip_norm: float | None = None
     ended: int = 0
     lost: int = 0
+    counted: Mapping[str, int] = field(default_factory=dict)
+    control: Vector = field(default_factory=lambda: np.zeros(0, np.float32))
+    turns: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def fresh(cls, run: str, initial: Vector) -> "Checkpoint":
@@ -82,9 +92,12 @@ class Checkpoints:
             ),
             tail=checkpoint.tail,
             session=np.frombuffer(checkpoint.session, dtype=np.uint8),
+            turns=np.frombuffer(json.dumps(dict(checkpoint.turns)).encode(), dtype=np.uint8),
             clip_norm=np.array(
                 [] if checkpoint.clip_norm is None else [checkpoint.clip_norm], dtype=np.float64
             ),
+            control=checkpoint.control,
+            counted=np.frombuffer(msgspec.json.encode(checkpoint.counted), dtype=np.uint8),
         )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_suffix(".part")
@@ -118,6 +131,10 @@ class Checkpoints:
                 moments = file["moments"] if "moments" in file.files else [file["velocity"]]
                 # And files from before rounds were repeated do not say how the last one went.
                 ended, lost = file["broken_off"] if "broken_off" in file.files else (completed, 0)
+                # Those from before devices carried anything do not say whose terms counted.
+                told = file["counted"].tobytes() if "counted" in file.files else b"{}"
+                control = file["control"] if "control" in file.files else np.zeros(0)
+                turns = json.loads(file["turns"].tobytes()) if "turns" in file.files else {}
                 found = Checkpoint(
                     run=str(file["run"]),
                     begun=begun,
@@ -131,8 +148,11 @@ class Checkpoints:
                     clip_norm=float(norms[0]) if norms else None,
                     ended=int(ended),
                     lost=int(lost),
+                    control=control.astype(np.float32),
+                    counted=msgspec.json.decode(told, type=dict[str, int]),
+                    turns=turns,
                 )
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, msgspec.MsgspecError) as error:
             raise BadCheckpoint(
                 f"{self._path} is damaged ({error}); remove it to begin the run again"
             ) from error

@@ -1,7 +1,7 @@
 """Who takes part in a run, and which of them are there."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from flwr.serverapp import Grid
@@ -26,11 +26,15 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Cohort:
-    """Who takes part: all by device id, and which of them train and which evaluate."""
+    """Who takes part: all by device id, and which of them train and which evaluate.
+
+    ``labels`` are those of the devices that carry any.
+    """
 
     members: Mapping[str, Member]
     trainers: Sequence[str]
     evaluators: Sequence[str]
+    labels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def nodes(self) -> dict[str, int]:

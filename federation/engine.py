@@ -36,6 +36,7 @@ class InProcessGrid(Grid):
         self._apps = dict(apps)
         self._contexts: dict[int, Context] = {}
         self._waiting: dict[str, Message] = {}
+        self._asked: dict[int, str] = {}
         self._ids = count(1)
         self._now = 0.0
         self.clock = Clock(now=lambda: self._now, pause=self._pause)
@@ -75,12 +76,18 @@ class InProcessGrid(Grid):
         return sorted(self._apps)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Keep each message for its node."""
-        ids = []
+        """Keep each message for its node.
+
+        It takes the place of what the node was asked before and nobody has pulled a reply to.
+        """
+        ids, before = [], dict(self._asked)
         for message in messages:
+            node = message.metadata.dst_node_id
+            self._waiting.pop(before.get(node, ""), None)
             message_id = f"m{next(self._ids)}"
             message.metadata.__dict__["_message_id"] = message_id
             self._waiting[message_id] = message
+            self._asked[node] = message_id
             ids.append(message_id)
         return ids
 

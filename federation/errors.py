@@ -3,6 +3,7 @@
 FederationError
 ├── TaskMissing          no installed package offers the task; install it
 ├── DataMissing          the device has no examples; it sits the round out
+├── BadGroups            the task's groups do not fit its examples; mend the task
 ├── BadPlan              the plan file cannot be run as it stands; edit it
 ├── BadMessage           a message that is none of ours; drop it
 ├── BadCheckpoint        a run's file on disk is damaged or another's; remove it
@@ -31,6 +32,10 @@ class TaskMissing(FederationError):
 
 class DataMissing(FederationError):
     """The device has no examples."""
+
+
+class BadGroups(FederationError, ValueError):
+    """Groups that are not those of the examples."""
 
 
 class BadPlan(FederationError, ValueError):

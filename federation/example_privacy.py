@@ -134,14 +134,15 @@ def descend(
         clipping = _Clipping(model, shape, sgd, privacy, rows, noise)
         unflatten(model, weights)
         x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
-        loss_sum, seen = 0.0, 0
+        loss_sum, seen, steps = 0.0, 0, 0
         for batch in batches:
             for chunk in torch.split(torch.from_numpy(batch), training.batch_size):
                 loss, counted = clipping.add(x[chunk], y[chunk])
                 loss_sum, seen = loss_sum + loss, seen + counted
             clipping.step()
+            steps += 1
         clipping.close()
-        return Trained(flatten(model), loss_sum / seen if seen else math.nan)
+        return Trained(flatten(model), loss_sum / seen if seen else math.nan, steps)
 
 
 def check(model: nn.Module, input_shape: tuple[int, ...]) -> None:

@@ -89,17 +89,71 @@ def converse(
     while pending:
         late = clock.now() >= deadline
         for reply in grid.pull_messages(list(pending)):
-            device = pending.pop(reply.metadata.reply_to_message_id)
-            if reply.has_error():
-                yield Reply(device, None, reply.error.reason or f"error {reply.error.code}")
-            else:
-                yield Reply(device, reply.content)
+            yield _read(pending.pop(reply.metadata.reply_to_message_id), reply)
         if late or not pending:
             break
         now = clock.now()
         clock.pause(min(poll_delay(now - asked), max(deadline - now, 0.0)))
     for device in pending.values():
         yield Reply(device, None, f"no answer within {timeout:g} s")
+
+
+class Outstanding:
+    """Messages that devices have not answered yet, each with a deadline of its own.
+
+    For who asks the next device as soon as one has answered, where :func:`converse` asks all of
+    them once. Replies are held here from when they are looked for until they are read.
+    """
+
+    def __init__(self, grid: Grid, clock: Clock) -> None:
+        self._grid, self._clock = grid, clock
+        self._pending: dict[str, _Sent] = {}
+        self._failed: list[Reply] = []
+
+    def send(
+        self, device: str, node: int, kind: str, content: RecordDict, timeout: float, group: str
+    ) -> None:
+        """Send ``device`` a message that counts as unanswered after ``timeout`` seconds."""
+        message = Message(content, node, kind, ttl=timeout + _EXTRA_LIFE, group_id=group)
+        (message_id,) = self._grid.push_messages([message])
+        if message_id:
+            self._pending[message_id] = _Sent(device, timeout, self._clock.now() + timeout)
+        else:
+            self._failed.append(Reply(device, None, "the SuperLink did not take the message"))
+
+    def wait(self) -> list[Reply]:
+        """Return what has come or failed since the last time, one at least if any is due.
+
+        Each message that was sent is returned once. Nothing only when nothing is outstanding.
+        """
+        began = self._clock.now()
+        while True:
+            now = self._clock.now()
+            found, self._failed = self._failed, []
+            for reply in self._grid.pull_messages(list(self._pending)):
+                sent = self._pending.pop(reply.metadata.reply_to_message_id)
+                found.append(_read(sent.device, reply))
+            for message_id, sent in list(self._pending.items()):
+                if now >= sent.deadline:
+                    del self._pending[message_id]
+                    why = f"no answer within {sent.timeout:g} s"
+                    found.append(Reply(sent.device, None, why))
+            if found or not self._pending:
+                return found
+            left = min(sent.deadline for sent in self._pending.values()) - now
+            self._clock.pause(min(poll_delay(now - began), left))
+
+
+class _Sent(NamedTuple):
+    device: str
+    timeout: float
+    deadline: float
+
+
+def _read(device: str, reply: Message) -> Reply:
+    if reply.has_error():
+        return Reply(device, None, reply.error.reason or f"error {reply.error.code}")
+    return Reply(device, reply.content)
 
 
 def exchange(

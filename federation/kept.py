@@ -61,7 +61,7 @@ class KeptHere:
 
 
 class KeptFiles:
-    """Keeps in files, a directory for each run; named by digests, since a run's name is the hub's."""
+    """Keeps in files, a directory for each run; named by digests, as a run's name is the hub's."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

@@ -7,14 +7,19 @@ numbers that ride behind it (:mod:`atoll.federation.riders`). Simulations take
 :func:`encoded` from here, so that there is one such path.
 """
 
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
-from atoll.federation import messages, parameters
+from atoll.federation import control, messages, parameters
+from atoll.federation.control import Control
 from atoll.federation.errors import BadMessage
-from atoll.federation.kept import Kept
+from atoll.federation.kept import Carried, Kept
 from atoll.federation.parameters import Vector
 from atoll.federation.plan import ExamplePrivacy, Training
 from atoll.federation.riders import Riders
@@ -24,23 +29,34 @@ from atoll.privacy import update
 from atoll.privacy.keystream import Keystream
 from atoll.privacy.sums import Integers
 
+CONTROL: Final = "control"
+"""Under this name a device keeps its control variate."""
+
 
 def make(
-    task: Task, data: Path, work: messages.TrainAsk, ask: messages.SumAsk, kept: Kept
+    task: Task,
+    data: Path,
+    work: messages.TrainAsk,
+    ask: messages.SumAsk,
+    kept: Kept,
+    *,
+    now: Callable[[], float] = time.monotonic,
 ) -> tuple[Integers, float]:
     """Return a device's term, int64 ``(length,)``, and its mean loss over the last local epoch.
 
-    ``kept`` is what the device keeps from round to round; nothing asks for it yet. Raises
+    ``kept`` is what the device keeps from round to round: its control variate. ``now`` gives
+    seconds, for a round that ends local training after so many. Raises
     :class:`atoll.federation.errors.DataMissing`, :class:`BadMessage` and
     :class:`atoll.privacy.errors.BadUpdate`.
     """
-    del kept
     # Imported here: it loads torch, which a device that waits for a round need not hold.
     from atoll.federation import training
 
     seed = training.local_seed(work.seed, ask.run, ask.round, ask.party)
     before = parameters.from_bytes(work.weights)
     model, examples, how = task.model(0), task.load(data, "train"), training_of(work)
+    carried = Carried(kept, ask.run, CONTROL)
+    mine = _control(work, carried.as_of(ask.counted, lambda: np.zeros_like(before)), before)
     if work.example_steps:
         # Imported here: it loads Opacus, for which a device without this mode does not pay.
         from atoll.federation import example_privacy
@@ -48,19 +64,26 @@ def make(
         protected, secret = _example_privacy(work), Keystream.fresh()
         done = example_privacy.train(model, before, examples, how, protected, secret)
     else:
-        done = training.train(model, before, examples, how, seed)
+        ended = _ended(work.seconds, now)
+        correction = mine.correction if mine else None
+        done = training.train(
+            model, before, examples, how, seed, ended=ended, correction=correction
+        )
     rows = len(examples.y)
-    taken = work.example_steps or training.local_steps(rows, how)
     # Without noise there is nothing to keep secret in the rounding, and a seed makes the run
     # repeatable. With noise, rounding draws from the system's entropy like the noise itself.
     rng = Keystream.fresh() if work.noise_multiplier else Keystream.replayable(seed)
-    riders = riders_of(work)
-    term = encoded(done.weights - before, rows, taken, how, riders, spec_of(work, ask), rng)
+    riders, spec, change = riders_of(work), spec_of(work, ask), done.weights - before
+    if mine is None:
+        return encoded(change, rows, done.steps, how, riders, spec, rng), done.loss
+    sent = mine.sent(change, control.reach(done.steps, how), parameters.mask(model))
+    term = encoded(sent, rows, done.steps, how, riders, spec, rng)
+    carried.put(ask.round, mine.own, mine.following(update.clipped(sent, spec)))
     return term, done.loss
 
 
 def encoded(
-    change: Vector,
+    change: Vector | npt.NDArray[np.float64],
     rows: int,
     steps: int,
     how: Training,
@@ -70,6 +93,7 @@ def encoded(
 ) -> Integers:
     """Return the term of a device that came to ``change`` in ``steps`` steps on ``rows`` examples.
 
+    With control variates that is what :meth:`atoll.federation.control.Control.sent` returns.
     Raises :class:`atoll.privacy.errors.BadUpdate` for a change that diverged.
     """
     effective = effective_steps(steps, how) if riders.most_steps else 0.0
@@ -108,6 +132,23 @@ def spec_of(work: messages.TrainAsk, ask: messages.SumAsk) -> update.UpdateSpec:
         riders=riders_of(work).count,
         rider_noise_multiplier=work.rider_noise_multiplier,
     )
+
+
+def _control(work: messages.TrainAsk, own: Vector, before: Vector) -> Control | None:
+    if not work.control_scale > 0:
+        return None
+    shared = parameters.from_bytes(work.control) if work.control else np.zeros_like(before)
+    if shared.shape != before.shape:
+        raise BadMessage(f"{len(before)} weights with a control variate of {len(shared)}")
+    return Control(own, shared, work.control_scale, work.control_retained)
+
+
+def _ended(seconds: float, now: Callable[[], float]) -> Callable[[], bool]:
+    """Return what says whether ``seconds`` have gone by from here; 0 never do."""
+    if not seconds:
+        return lambda: False
+    deadline = now() + seconds
+    return lambda: now() >= deadline
 
 
 def _example_privacy(work: messages.TrainAsk) -> ExamplePrivacy:

@@ -27,7 +27,12 @@ QUERY: Final = "query"
 
 
 class SumAsk(msgspec.Struct, frozen=True, kw_only=True, tag="sum"):
-    """One phase of a private sum for one party (see :mod:`atoll.privacy.sums`)."""
+    """One phase of a private sum for one party (see :mod:`atoll.privacy.sums`).
+
+    ``counted`` is the last round of the run whose sum this party's term is known to be in, 0 for
+    none: up to it, what the device carries from round to round stands
+    (:mod:`atoll.federation.kept`). It is here because :class:`TrainAsk` is one record for all.
+    """
 
     mode: str
     phase: str
@@ -39,6 +44,7 @@ class SumAsk(msgspec.Struct, frozen=True, kw_only=True, tag="sum"):
     bound: int
     parties: int
     min_survivors: int
+    counted: int = 0
 
     @property
     def spec(self) -> SumSpec:
@@ -59,9 +65,10 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     survivors the :class:`SumAsk` says; what rides is :class:`atoll.federation.riders.Riders`.
     ``proximal`` is μ of FedProx; with ``most_steps`` above 0 the update is divided by its effective
     steps (:func:`atoll.federation.strategies.effective_steps`).
-    ``counted`` is the last round of the run whose sum this device's term is known to be in, 0 for
-    none: up to it, what the device carries from round to round stands
-    (:mod:`atoll.federation.kept`).
+    With ``control_scale`` above 0 gradients are corrected by control variates, of which
+    ``control`` is the hub's, float32 little-endian, empty while it is zero
+    (:mod:`atoll.federation.control`).
+    With ``seconds`` above 0, local training ends after so many with what it has come to.
     With ``example_steps`` above 0 it is DP-SGD (:class:`atoll.federation.plan.ExamplePrivacy`).
     """
 
@@ -86,7 +93,10 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     example_sampling_rate: float = 0.0
     proximal: float = 0.0
     most_steps: float = 0.0
-    counted: int = 0
+    seconds: float = 0.0
+    control: bytes = b""
+    control_scale: float = 0.0
+    control_retained: float = 1.0
 
 
 class EvaluateAsk(msgspec.Struct, frozen=True, kw_only=True, tag="evaluate"):

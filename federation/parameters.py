@@ -44,6 +44,26 @@ def unflatten(model: "nn.Module", vector: Vector) -> None:
                 at += value.numel()
 
 
+def trained(model: "nn.Module") -> dict[str, slice]:
+    """Return where each parameter that is trained lies in the vector."""
+    wanted = {name for name, value in model.named_parameters() if value.requires_grad}
+    places, at = {}, 0
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            if name in wanted:
+                places[name] = slice(at, at + value.numel())
+            at += value.numel()
+    return places
+
+
+def mask(model: "nn.Module") -> npt.NDArray[np.bool_]:
+    """Return which values of the vector are trained, ``(n,)``; running statistics are not."""
+    found = np.zeros(len(flatten(model)), np.bool_)
+    for place in trained(model).values():
+        found[place] = True
+    return found
+
+
 def to_bytes(vector: Vector) -> bytes:
     """Return float32 little-endian bytes."""
     return vector.astype("<f4", copy=False).tobytes()

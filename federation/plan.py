@@ -40,6 +40,20 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     (:mod:`atoll.federation.riders`); a device of more steps than ``step_cap`` counts there as one
     of so many. ``privacy.clip_norm`` is then that of one effective step. None: nothing is divided.
     """
+    control_steps: Annotated[int, Meta(ge=1, le=100_000)] | None = None
+    """SCAFFOLD (Karimireddy et al., ICML 2020): gradients are corrected for how devices differ.
+
+    A device then keeps a control variate from round to round, and its change rides behind the
+    update in a term twice as long (:mod:`atoll.federation.control`). So many local steps are those
+    of an ordinary device; they make the change as long as the update. None: nothing is corrected.
+    """
+    deadline: PositiveFloat | None = None
+    """Seconds of local training after which a device sends what it has come to (partial work).
+
+    A slow device then takes fewer steps instead of dropping out, as FedProx has it (Li et al.,
+    MLSys 2020, definition 2). With ``step_cap`` what it sends counts as much as others' updates.
+    A run with a deadline is not repeatable. None: all epochs, however long they take.
+    """
     strategy: Literal["fedavg", "fedadam", "fedyogi", "fedadagrad"] = "fedavg"
     """What the hub makes of the mean update (:mod:`atoll.federation.strategies`).
 
@@ -90,10 +104,15 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "server_tau belongs to fedadam, fedyogi and fedadagrad; fedavg adapts nothing: "
                 "leave it out, or change strategy"
             )
-        if self.step_cap is not None and self.momentum >= 1:
+        if self.momentum >= 1 and (self.step_cap is not None or self.control_steps is not None):
             raise ValueError(
                 f"momentum = {self.momentum:g} never lets a gradient go, so steps have no weights "
-                "to divide an update by: lower momentum, or leave step_cap out"
+                "to divide an update by: lower momentum, or leave step_cap and control_steps out"
+            )
+        if self.control_steps is not None and (self.proximal or self.step_cap is not None):
+            raise ValueError(
+                "control_steps corrects what proximal and step_cap make up for, and reckons with "
+                "neither: leave those out, or control_steps"
             )
         if self.learning_rate * self.proximal >= 2 * (1 + self.momentum):
             raise ValueError(
@@ -124,8 +143,66 @@ class Cohort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Fewer survivors than this and a round is thrown away."""
     round_timeout: PositiveFloat = 120.0
     """Seconds before a device that has not answered counts as dropped out."""
+    enough: Positive | None = None
+    """So many contributions end a round's wait for more; who has not answered yet drops out.
+
+    The round is then as fast as its ``enough`` fastest devices, and slow ones take part less
+    often. Below the size of the cohort, that is over-selection (Bonawitz et al., MLSys 2019, ask
+    130 %). None: everyone is waited for, ``round_timeout`` at most.
+    """
     sampling_rate: Annotated[float, Meta(gt=0, le=1)] | None = None
     """Probability with which an enrolled trainer is in a round's cohort; none: everyone is."""
+    rule: Annotated[str, Meta(min_length=1, max_length=1000)] | None = None
+    """Which of them may train, in CEL over what is known of each (``device.power == "mains"``).
+
+    Looked at anew before each round; whoever falls short sits it out, and a fact that is not known
+    leaves its device out. The facts are the hub's (:mod:`atoll.server.cohort_rule`). With a
+    ``sampling_rate`` rounds are charged in full.
+    """
+    size: Positive | None = None
+    """At most so many trainers a round, in turns: those who were asked least come first."""
+
+    def __post_init__(self) -> None:
+        """Refuse turns that are to be secret, and rounds that could never be large enough."""
+        self._check_size()
+        self._check_enough()
+
+    def _check_size(self) -> None:
+        if self.size is None:
+            return
+        if self.sampling_rate is not None:
+            raise ValueError(
+                "size takes devices in turns and sampling_rate draws them, so that nobody can "
+                "tell whose turn it is: leave one of them out"
+            )
+        if self.size < self.min_devices:
+            raise ValueError(
+                f"size = {self.size} is below min_devices = {self.min_devices}: every round would "
+                "be thrown away; raise size or lower min_devices"
+            )
+
+    def _check_enough(self) -> None:
+        if self.enough is None:
+            return
+        if self.enough < self.min_devices:
+            raise ValueError(
+                f"enough = {self.enough} ends a round below min_devices = {self.min_devices}: "
+                "raise enough, or leave it out"
+            )
+        if self.sampling_rate is not None:
+            raise ValueError(
+                "with enough, who is in a round depends on how fast the others are, and "
+                "sampling_rate promises that it does not: leave one of them out"
+            )
+
+    @property
+    def picks(self) -> bool:
+        """Whether a round may leave out trainers that are there, other than by a secret draw."""
+        return self.rule is not None or self.size is not None
+
+    def in_a_round(self, trainers: int) -> int:
+        """Return how many of so many trainers a round has at most."""
+        return trainers if self.size is None else min(self.size, trainers)
 
 
 class ExamplePrivacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -209,6 +286,21 @@ class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return RIDER_NOISE * self.noise_multiplier
 
 
+class Asynchrony(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """FedBuff (Nguyen et al., AISTATS 2022): nobody waits for anybody's round to end.
+
+    Devices train on the weights there are when they are asked, and the hub steps whenever
+    ``buffer`` updates have come in (:mod:`atoll.federation.buffered`). ``rounds`` counts steps.
+    """
+
+    buffer: Positive
+    """K: so many updates make a step."""
+    concurrency: Positive
+    """M: so many devices train at a time."""
+    max_staleness: Annotated[int, Meta(ge=0)] | None = None
+    """An update that is more steps old than this is dropped; none: however old, it counts."""
+
+
 class Aggregation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the hub makes of a round's updates: their mean, or what withstands lying devices.
 
@@ -243,11 +335,24 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     """The name under which the trained model is published."""
     rounds: Positive = 10
+    evaluate_every: Positive | None = None
+    """Ask all devices for the accuracy after every so many trained rounds; none: at the end alone.
+
+    It costs a message with the weights to each device, and what they answer, examples and how
+    many were right, comes in the clear and without noise (:mod:`atoll.federation.interim`).
+    """
     seed: int = 0
     training: Training = Training()
     cohort: Cohort = Cohort()
     privacy: Privacy = Privacy()
     aggregation: Aggregation = Aggregation()
+    asynchrony: Asynchrony | None = None
+    """Steps without rounds; none: a round ends before the next one begins."""
+    gates: dict[str, str] = {}
+    """Rules that a candidate must pass besides the hub's own, by name, in CEL over the run's facts.
+
+    Such as ``"fair to both sides" = "fairness.equalised_odds <= 0.1"``.
+    """
 
     def __post_init__(self) -> None:
         """Refuse a round of colluders alone, a step cap without a meaning, an idle rule."""
@@ -262,8 +367,20 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "training.step_cap evens out devices of unequal steps, and under "
                 "[privacy.examples] all take privacy.examples.steps: leave training.step_cap out"
             )
+        if self.training.control_steps is not None and self.privacy.examples is not None:
+            raise ValueError(
+                "control variates for [privacy.examples] are not there yet: leave "
+                "training.control_steps out"
+            )
+        if self.training.deadline is not None and self.privacy.examples is not None:
+            raise ValueError(
+                "training.deadline ends local epochs, and under [privacy.examples] a device "
+                "takes privacy.examples.steps: leave training.deadline out"
+            )
         if self.aggregation.rule != "mean":
             _check_rule(self)
+        if self.asynchrony is not None:
+            _check_asynchrony(self, self.asynchrony)
 
 
 def _check_rule(plan: Plan) -> None:
@@ -285,10 +402,11 @@ def _check_rule(plan: Plan) -> None:
         plan.training.weighting != "equal"
         or plan.privacy.clip != "fixed"
         or plan.training.step_cap is not None
+        or plan.training.control_steps is not None
     ):
         raise ValueError(
             f'{rule} takes every device for one: use weighting = "equal" and clip = "fixed", '
-            "and leave step_cap out"
+            "and leave control_steps and step_cap out"
         )
     fewest = needed(asked.rule, asked.byzantine)
     if least < fewest:
@@ -300,6 +418,37 @@ def _check_rule(plan: Plan) -> None:
         raise ValueError(
             f"trim = {asked.trim:g} of {least} devices is less than the {asked.byzantine} that "
             "may lie: raise trim or cohort.min_devices"
+        )
+
+
+def _check_asynchrony(plan: Plan, asked: Asynchrony) -> None:
+    """Refuse what needs a cohort, or one version of everything that devices are told."""
+    if plan.privacy.mode != "plain":
+        raise ValueError(
+            f'[asynchrony] folds updates in one by one, and mode "{plan.privacy.mode}" opens the '
+            'sum of a cohort that is known before: use privacy.mode = "plain", where devices allow '
+            "it, or leave [asynchrony] out"
+        )
+    if plan.privacy.noise_multiplier and plan.privacy.noise != "central":
+        raise ValueError(
+            "[asynchrony] weighs updates after devices have sent them, their noise too, which "
+            'would then be less than accounted for: use noise = "central", or no noise'
+        )
+    kept_out = {
+        "aggregation.rule": plan.aggregation.rule != "mean",
+        "cohort.size": plan.cohort.size is not None,
+        "cohort.enough": plan.cohort.enough is not None,
+        "cohort.sampling_rate": plan.cohort.sampling_rate is not None,
+        'privacy.clip = "adaptive"': plan.privacy.clip != "fixed",
+        "training.control_steps": plan.training.control_steps is not None,
+    }
+    for name, used in kept_out.items():
+        if used:
+            raise ValueError(f"{name} is for rounds: leave it out, or [asynchrony]")
+    if asked.buffer < plan.cohort.min_devices:
+        raise ValueError(
+            f"asynchrony.buffer = {asked.buffer} is below cohort.min_devices = "
+            f"{plan.cohort.min_devices}: raise buffer"
         )
 
 

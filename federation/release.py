@@ -32,6 +32,11 @@ def update_spec(plan: Plan, clip_norm: float) -> UpdateSpec:
     )
 
 
+def values(plan: Plan, parameters: int) -> int:
+    """Return how many values a term has before what rides, for a model of ``parameters``."""
+    return parameters * (2 if plan.training.control_steps else 1)
+
+
 def amplification(plan: Plan, connected: int) -> float | None:
     """Return the sampling probability that the ledger may count on, or none.
 
@@ -49,8 +54,13 @@ def amplification(plan: Plan, connected: int) -> float | None:
     who drops out has nothing to do with who was drawn. Amplification is claimed while that is
     below :data:`ABORT_SHARE` of δ, so with ``min_devices`` some standard deviations below the
     expected cohort; in a small fleet, or when many are away, never.
+
+    Nor under a ``cohort.rule``: what it goes by may follow from a device's data, so who is left
+    out of the draw is no secret that the proof could do without.
     """
     rate, privacy = plan.cohort.sampling_rate, plan.privacy
+    if plan.cohort.rule is not None:
+        return None
     if rate is None or rate == 1 or privacy.noise != "central" or not privacy.noise_multiplier:
         return None
     there, least = int(connected * (1 - LOST_SHARE)), plan.cohort.min_devices
@@ -74,14 +84,28 @@ def check(plan: Plan) -> None:
     update_spec(plan, plan.privacy.clip_norm)
 
 
+def parties(plan: Plan, trainers: int) -> int:
+    """Return for how many devices a round's sum must have room, of so many trainers."""
+    # In he a device deals the key to every trainer of the run, whoever is in a round.
+    return trainers if plan.privacy.mode == "he" else plan.cohort.in_a_round(trainers)
+
+
 def check_population(plan: Plan, trainers: int) -> None:
     """Raise :class:`BadParameters` for what cannot work in, or protect, ``trainers`` devices."""
     delta, rate = plan.privacy.delta, plan.cohort.sampling_rate
-    modes.check_parties(plan.privacy.mode, update_spec(plan, plan.privacy.clip_norm), trainers)
+    spec = update_spec(plan, plan.privacy.clip_norm)
+    modes.check_parties(plan.privacy.mode, spec, parties(plan, trainers))
     if plan.privacy.noise_multiplier and delta * trainers >= 1:
         raise BadParameters(
             f"privacy.delta = {delta:g} allows to give one of {trainers} devices away in full; "
             f"set it well below {1 / trainers:.1g}"
+        )
+    enough = plan.cohort.enough
+    most = parties(plan, trainers)
+    if plan.privacy.mode == "secagg" and enough is not None and 2 * enough <= most:
+        raise BadParameters(
+            f"cohort.enough = {enough} of {most} devices: masked sums are opened by more than "
+            f"half of those who are in them; raise enough to {most // 2 + 1}"
         )
     if rate is not None and rate * trainers < plan.cohort.min_devices:
         raise BadParameters(

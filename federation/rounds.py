@@ -1,7 +1,7 @@
 """Federated averaging under a private sum: the rounds of one plan.
 
     run_rounds(grid, plan, cohort, session, charge, on_round, initial, *, run,
-               checkpoints=None, clock=SYSTEM_CLOCK, entropy=None) -> Outcome
+               checkpoints=None, clock=SYSTEM_CLOCK, entropy=None, left_out=nobody) -> Outcome
 
 For each round the ledger is charged first; then the cohort is drawn, and the hub's side of the
 sum leads. Phases before the contribution are messages of their own, the contribution rides
@@ -16,6 +16,10 @@ of the devices: the next round draws anew, and it neither adds to :data:`PATIENC
 from it. A cohort that was drawn large enough and of which too few are connected, or answer,
 does add.
 
+``cohort.rule`` and ``cohort.size`` narrow a round's trainers (:mod:`atoll.federation.selection`):
+first to those who may train now, then to those of them who are connected and had the fewest
+turns.
+
 A round that broke off, because this process ended in it, is repeated under the charge that it has
 where every device answers the same question with the same bytes: in ``plain``, with the whole
 cohort. Elsewhere, and where devices no longer remember, it is lost: it stays charged, and one
@@ -27,15 +31,15 @@ and stochastic rounding on a device draw from (seed, round, device). With noise,
 noise draw from the system's entropy, as sampled cohorts always do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 import numpy as np
 from flwr.serverapp import Grid
 
-from atoll.federation import release, strategies
+from atoll.federation import interim, release, selection, strategies
 from atoll.federation.checkpoints import Checkpoint, Checkpoints
 from atoll.federation.cohort import Cohort, Member, await_trainers, draw
 from atoll.federation.conversation import Conversation, Learned, RoundReport, Setting
@@ -56,11 +60,15 @@ PATIENCE: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Where a run ended: float32 weights ``(n,)`` and how many rounds are in them."""
+    """Where a run ended: float32 weights ``(n,)`` and how many rounds are in them.
+
+    ``turns`` are those of :class:`Checkpoint`.
+    """
 
     weights: Vector
     rounds: int
     ended: Literal["complete", "budget"]
+    turns: Mapping[str, int] = field(default_factory=dict)
 
 
 def run_rounds(
@@ -76,6 +84,7 @@ def run_rounds(
     checkpoints: Checkpoints | None = None,
     clock: Clock = SYSTEM_CLOCK,
     entropy: Keystream | None = None,
+    left_out: selection.LeftOut = selection.nobody,
 ) -> Outcome:
     """Run the plan's rounds, or those that are left of them after the checkpoint.
 
@@ -83,8 +92,9 @@ def run_rounds(
     before a round starts, with its number and that of the trainers that are connected, and
     returns the ε spent so far (none when nothing bounds it); when it raises
     :class:`BudgetExceeded` the run ends with what has been trained. ``on_round`` hears of every
-    round, thrown away or not. ``entropy`` is what cohorts and the hub's noise are drawn from: a
-    fresh keystream, but for tests.
+    round, thrown away or not, and again of one after which devices were asked for the accuracy.
+    ``entropy`` is what cohorts and the hub's noise are drawn from: a fresh keystream, but for
+    tests. ``left_out`` says before each round who may not train.
 
     Raises :class:`RoundFailed` when too few devices are there or answer,
     :class:`atoll.privacy.errors.BadParameters` for a plan that cannot be private or decoded,
@@ -94,24 +104,34 @@ def run_rounds(
     setting = Setting(grid, plan, cohort, run, clock, entropy)
     state = _resume(run, session, checkpoints) or Checkpoint.fresh(run, initial)
     spec = release.update_spec(plan, state.clip_norm or plan.privacy.clip_norm)
-    modes.check(plan.privacy.mode, spec, len(initial), len(cohort.trainers))
+    values = release.values(plan, len(initial))
+    most = release.parties(plan, len(cohort.trainers))
+    modes.check(plan.privacy.mode, spec, values, most)
     release.check_population(plan, len(cohort.trainers))
     rate, least = plan.cohort.sampling_rate, plan.cohort.min_devices
     failures, hoped = 0, len(cohort.trainers)
     number, repeated = state.begun + 1, 0
-    if state.begun > state.ended and plan.privacy.mode == "plain" and rate is None:
+    everybody = rate is None and not plan.cohort.picks
+    if state.begun > state.ended and plan.privacy.mode == "plain" and everybody:
         number = repeated = state.begun
     elif state.begun > state.ended:
         # A sampled plan's δ counts on no more rounds than planned, so there none takes its place.
         state = replace(state, ended=state.begun, lost=state.lost + (rate is None))
         _save(state, checkpoints)
-        on_round(_broken_off(state, cohort, spec.clip_norm))
+        on_round(broken_off(state, cohort, spec.clip_norm))
     while number <= plan.rounds + state.lost:
+        trainers = selection.await_allowed(
+            cohort.trainers,
+            left_out,
+            least=least,
+            timeout=plan.cohort.round_timeout,
+            clock=clock,
+        )
         present = await_trainers(
             grid,
-            cohort,
+            replace(cohort, trainers=trainers),
             least=least,
-            hoped=hoped,
+            hoped=min(hoped, len(trainers)),
             timeout=plan.cohort.round_timeout,
             clock=clock,
         )
@@ -120,30 +140,47 @@ def run_rounds(
         try:
             epsilon = charge(number, len(present))
         except BudgetExceeded:
-            return Outcome(state.result, state.trained, "budget")
-        state = replace(state, begun=number)
+            return Outcome(state.result, state.trained, "budget", state.turns)
+        drawn = trainers if rate is None else draw(trainers, rate, entropy)
+        if plan.cohort.size is not None:
+            lots = selection.lots_of(plan.seed, run, number)
+            drawn = selection.fewest_turns(present, state.turns, plan.cohort.size, lots)
+        turns = selection.after(state.turns, drawn) if plan.cohort.picks else state.turns
+        state = replace(state, begun=number, turns=turns)
         _save(state, checkpoints)
-        drawn = cohort.trainers if rate is None else draw(cohort.trainers, rate, entropy)
         clip_norm = state.clip_norm or plan.privacy.clip_norm
-        talk = Conversation(setting, number, state.weights, clip_norm, drawn, present)
+        talk = Conversation(
+            setting,
+            number,
+            state.weights,
+            clip_norm,
+            drawn,
+            present,
+            state.counted,
+            state.control,
+        )
         learned = talk.learn(session)
         if learned is not None:
             failures = 0
-            state = replace(stepped(state, learned, plan), session=session.dump())
+            state = stepped(state, learned, plan)
+            state = replace(state, session=session.dump(), counted=talk.counted)
         elif number == repeated:
             state = replace(state, lost=state.lost + 1)
         elif len(drawn) >= least:
             failures += 1
         state = replace(state, ended=number)
         _save(state, checkpoints)
-        on_round(talk.report(epsilon))
+        report = replace(talk.report(epsilon), lost=learned is None and number == repeated)
+        on_round(report)
+        if learned is not None and interim.due(plan, state.trained):
+            on_round(interim.measured(report, setting, state.result))
         if failures == PATIENCE:
             raise RoundFailed(
                 f"{PATIENCE} rounds in a row were thrown away ({talk.why}); "
                 "look at why devices drop out, then start the run again"
             )
         number += 1
-    return Outcome(state.result, state.trained, "complete")
+    return Outcome(state.result, state.trained, "complete", state.turns)
 
 
 def stepped(state: Checkpoint, learned: Learned, plan: Plan) -> Checkpoint:
@@ -165,10 +202,11 @@ def stepped(state: Checkpoint, learned: Learned, plan: Plan) -> Checkpoint:
         tail=tail,
         tailed=tailed,
         clip_norm=learned.clip_norm,
+        control=learned.control,
     )
 
 
-def _broken_off(state: Checkpoint, cohort: Cohort, clip_norm: float) -> RoundReport:
+def broken_off(state: Checkpoint, cohort: Cohort, clip_norm: float) -> RoundReport:
     """Return the report of a round that is lost: nothing is known of it but that it began."""
     why = "the hub's process ended in this round, and it cannot be repeated"
     return RoundReport(
@@ -181,6 +219,7 @@ def _broken_off(state: Checkpoint, cohort: Cohort, clip_norm: float) -> RoundRep
         bytes_up=0,
         bytes_down=0,
         clip_norm=clip_norm,
+        lost=True,
     )
 
 

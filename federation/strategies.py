@@ -22,8 +22,8 @@ come out negative: models for them normalise by group or layer, as the paper's d
 FedProx and FedNova are the device's part. The proximal term is in
 :class:`atoll.federation.training.Sgd`; :func:`effective_steps` is FedNova's count of local
 steps, by which a device divides its update, and :mod:`atoll.federation.riders` multiplies back.
-SCAFFOLD is not here: its control variates are a second vector in the sum and a state that
-devices may not lose.
+So is SCAFFOLD, whose control variates are a second vector in the sum and a state that devices keep
+(:mod:`atoll.federation.control`).
 """
 
 from collections.abc import Callable

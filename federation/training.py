@@ -5,7 +5,7 @@ weights and examples give the same result on the same build of torch.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from atoll.federation.errors import DataMissing
-from atoll.federation.parameters import Vector, flatten, unflatten
+from atoll.federation.parameters import Vector, flatten, trained, unflatten
 from atoll.federation.plan import Training
 from atoll.federation.task import Examples
 
@@ -23,10 +23,11 @@ _EVALUATION_BATCH: Final = 256
 
 
 class Trained(NamedTuple):
-    """New weights float32 ``(n,)`` and the mean cross-entropy over the last epoch."""
+    """New weights float32 ``(n,)``, the mean cross-entropy over the last epoch, steps taken."""
 
     weights: Vector
     loss: float
+    steps: int
 
 
 class Evaluated(NamedTuple):
@@ -48,9 +49,19 @@ def local_seed(seed: int, run: str, round_number: int, party: str) -> int:
 
 
 def train(
-    model: nn.Module, weights: Vector, examples: Examples, training: Training, seed: int
+    model: nn.Module,
+    weights: Vector,
+    examples: Examples,
+    training: Training,
+    seed: int,
+    *,
+    ended: Callable[[], bool] = lambda: False,
+    correction: Vector | None = None,
 ) -> Trained:
-    """Run local SGD from ``weights``.
+    """Run local SGD from ``weights``, until it is done or ``ended`` says that time is up.
+
+    That is asked after every step, so that one is taken at least. ``correction`` ``(n,)`` is added
+    to each gradient (:mod:`atoll.federation.control`).
 
     A trailing batch of one row is left out when there are others: batch statistics need two.
     Raises :class:`DataMissing` when there are no examples.
@@ -63,9 +74,11 @@ def train(
         unflatten(model, weights)
         model.train()
         x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
-        descent = Sgd(model, training)
-        loss_sum, seen = 0.0, 0
+        descent = Sgd(model, training, correction)
+        loss_sum, seen, steps, late = 0.0, 0, 0, False
         for _ in range(training.local_epochs):
+            if late:
+                break
             loss_sum, seen = 0.0, 0
             for batch in torch.split(torch.randperm(rows), training.batch_size):
                 if len(batch) == 1 and rows > 1:
@@ -76,7 +89,10 @@ def train(
                 descent.step()
                 loss_sum += float(loss.detach()) * len(batch)
                 seen += len(batch)
-        return Trained(flatten(model), loss_sum / max(seen, 1))
+                steps += 1
+                if late := ended():
+                    break
+        return Trained(flatten(model), loss_sum / max(seen, 1), steps)
 
 
 def local_steps(rows: int, training: Training) -> int:
@@ -91,17 +107,21 @@ class Sgd:
 
     The proximal term μ/2·‖w - w₀‖² adds its gradient, μ·(w - w₀), to that of the loss; w₀ are the
     parameters at the first step (FedProx, Li et al., MLSys 2020, with local SGD as its solver).
+    A ``correction`` ``(n,)`` is added to it too, in the parameters that are trained (SCAFFOLD).
 
     Making the latter imports torch's compiler: 1.2 s and 70 MB that a device has no use for.
     This has of an optimiser what Opacus' optimisers ask of the one that they wrap.
     """
 
-    def __init__(self, model: nn.Module, training: Training) -> None:
+    def __init__(
+        self, model: nn.Module, training: Training, correction: Vector | None = None
+    ) -> None:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._velocity = [torch.zeros_like(p) for p in self._parameters]
         self._rate, self._momentum = training.learning_rate, training.momentum
         self._proximal = training.proximal
         self._start: list[torch.Tensor] = []
+        self._correction = _pieces(model, correction) if correction is not None else []
         self.param_groups = [{"params": self._parameters}]
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 -- torch's
@@ -120,11 +140,25 @@ class Sgd:
         for i, (parameter, velocity) in enumerate(
             zip(self._parameters, self._velocity, strict=True)
         ):
+            if parameter.grad is None and self._correction:
+                parameter.grad = torch.zeros_like(parameter)
             if parameter.grad is not None:
                 velocity.mul_(self._momentum).add_(parameter.grad)
+                if self._correction:
+                    velocity.add_(self._correction[i])
                 if self._proximal:
                     velocity.add_(parameter - self._start[i], alpha=self._proximal)
                 parameter.sub_(velocity, alpha=self._rate)
+
+
+def _pieces(model: nn.Module, vector: Vector) -> list[torch.Tensor]:
+    """Return what of ``vector`` belongs to each parameter that is trained, in the model's order."""
+    places = trained(model)
+    return [
+        torch.from_numpy(vector[places[name]]).reshape(value.shape)
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    ]
 
 
 def evaluate(model: nn.Module, weights: Vector, examples: Examples) -> Evaluated:

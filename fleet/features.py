@@ -1,7 +1,7 @@
 """What is watched of an example: features computed from a declaration, never from task code.
 
-A serving device has no task installed; the bundle's profile tells it what to compute. For
-signals (``channel-stats``) these are moments per channel, for tables (``columns``) the columns.
+A serving device has no task installed; the bundle's profile tells it what to compute. For signals
+and images (``channel-stats``) these are moments per channel, for tables (``columns``) the columns.
 
 Where the bin edges of a profile come from, without a row leaving a device: each device reports
 the :class:`Ranges` of its features; then counts on a fine even grid over the merged ranges
@@ -9,7 +9,7 @@ the :class:`Ranges` of its features; then counts on a fine even grid over the me
 """
 
 from collections.abc import Mapping
-from math import floor, frexp, isfinite, ldexp
+from math import floor, frexp, isfinite, ldexp, prod
 from typing import Final, Literal, NamedTuple
 
 import msgspec
@@ -31,8 +31,9 @@ _TABLE_AXES: Final = 2
 class FeatureSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Which features an example has.
 
-    ``channel-stats``: examples ``(channels, time)``; one feature ``{channel}:{stat}`` per
-    channel and statistic (standard deviation with divisor n). ``columns``: examples
+    ``channel-stats``: examples ``(channels, time)``, or images ``(channels, rows, columns)``; one
+    feature ``{channel}:{stat}`` per channel and statistic, over all that follows the channel's
+    axis (standard deviation with divisor n). ``columns``: examples
     ``(columns,)``; one feature per column, numeric unless ``categories`` names its categories,
     whose indices the column then holds.
     """
@@ -85,8 +86,8 @@ def features(spec: FeatureSpec, x: npt.NDArray[np.float32]) -> Features:
     NaN and infinity pass through and are counted as missing later. Raises :class:`BadProfile`
     when the shape does not fit ``spec``.
     """
-    axes = _TABLE_AXES if spec.kind == "columns" else _SIGNAL_AXES
-    if x.ndim != axes or x.shape[1] != len(spec.channels) or 0 in x.shape[1:]:
+    fits = x.ndim == _TABLE_AXES if spec.kind == "columns" else x.ndim >= _SIGNAL_AXES
+    if not fits or x.shape[1] != len(spec.channels) or 0 in x.shape[1:]:
         raise BadProfile(
             f"examples of shape {x.shape[1:]} do not fit {spec.kind} of "
             f"{len(spec.channels)} channels"
@@ -94,6 +95,7 @@ def features(spec: FeatureSpec, x: npt.NDArray[np.float32]) -> Features:
     rows = np.asarray(x, dtype=np.float64)
     if spec.kind == "columns":
         return Features(rows, spec.names)
+    rows = rows.reshape(len(rows), len(spec.channels), prod(x.shape[2:]))
     with np.errstate(invalid="ignore", over="ignore"):
         stats = [rows.mean(axis=2) if stat == "mean" else rows.std(axis=2) for stat in spec.stats]
     return Features(np.stack(stats, axis=2).reshape(len(rows), len(spec.names)), spec.names)

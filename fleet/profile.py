@@ -186,19 +186,19 @@ def synthesise(
 
     The hub has no data, so golden inputs are made of what the profile says: noise whose
     watched features fall into the bins as often as the population's did. Features are drawn
-    independently. Signals are Gaussian noise shifted and scaled to exactly the mean and
+    independently. Signals and images are Gaussian noise shifted and scaled to exactly the mean and
     standard deviation drawn for each channel (0 and 1 where the profile watches only the
     other). Raises :class:`BadProfile` when ``shape`` does not fit the profile.
     """
     spec = profile.features
-    axes = 1 if spec.kind == "columns" else 2
-    if len(shape) != axes or shape[0] != len(spec.channels) or not prod(shape):
+    fits = len(shape) == 1 if spec.kind == "columns" else len(shape) > 1
+    if not fits or shape[0] != len(spec.channels) or not prod(shape):
         raise BadProfile(f"examples of shape {shape} do not fit the profile's features")
     drawn = {name: draw(profile.variables[name], n, rng) for name in spec.names}
     if spec.kind == "columns":
         return np.stack([drawn[name] for name in spec.names], axis=1).astype(np.float32)
-    noise = rng.standard_normal((n, *shape))
-    if shape[1] > 1:
+    noise = rng.standard_normal((n, shape[0], prod(shape[1:])))
+    if noise.shape[2] > 1:
         noise -= noise.mean(axis=2, keepdims=True)
         noise /= noise.std(axis=2, keepdims=True)
     for index, channel in enumerate(spec.channels):
@@ -206,7 +206,7 @@ def synthesise(
             noise[:, index] *= np.maximum(drawn[f"{channel}:std"], 0)[:, None]
         if f"{channel}:mean" in drawn:
             noise[:, index] += drawn[f"{channel}:mean"][:, None]
-    return noise.astype(np.float32)
+    return noise.reshape(n, *shape).astype(np.float32)
 
 
 def _numeric(edges: tuple[float, ...]) -> Numeric:

@@ -19,17 +19,26 @@ MAX_QUERY_BYTES: Final = 1 << 30
 
 
 class EvaluateOnnx(msgspec.Struct, frozen=True, kw_only=True):
-    """Run this ONNX ``model`` over a split and count how it answers."""
+    """Run this ONNX ``model`` over a split and count how it answers.
+
+    With ``groups`` above 0 count by group too, where the task knows so many of them.
+    """
 
     model: bytes
     split: Split
+    groups: int = 0
 
 
 class Evaluated(msgspec.Struct, frozen=True, kw_only=True):
-    """``confusion[true][predicted]``, summing to ``rows``."""
+    """``confusion[true][predicted]``, summing to ``rows``.
+
+    ``by_group[group]`` is the same for the examples of a group; empty where none were asked for
+    or the device knows of other groups than so many. Examples of no group are in none of them.
+    """
 
     confusion: list[list[int]]
     rows: int
+    by_group: list[list[list[int]]] = []
 
 
 class ActivationRanges(msgspec.Struct, frozen=True, kw_only=True):

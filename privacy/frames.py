@@ -54,9 +54,7 @@ class Frame(NamedTuple):
         return value
 
 
-def pack(
-    head: Mapping[str, object], parts: Sequence[bytes | bytearray | memoryview] = ()
-) -> bytes:
+def pack(head: Mapping[str, object], parts: Sequence[bytes | bytearray | memoryview] = ()) -> bytes:
     """Lay out a payload; equal heads give equal bytes. A memoryview is one of single bytes."""
     whole = {**head, "parts": [len(part) for part in parts]}
     text = json.dumps(whole, sort_keys=True, separators=(",", ":")).encode()

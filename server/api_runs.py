@@ -4,17 +4,16 @@ import math
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
 from pydantic import BaseModel, Field
 from sqlalchemy import select
 
 from atoll.federation.errors import LinkError
-from atoll.server import runs
+from atoll.server import record, runs
 from atoll.server.accounts import accounts
 from atoll.server.answers import inside
 from atoll.server.api_access import Approver, Hub, Operating, Viewer
-from atoll.server.errors import NotFound, Unavailable
-from atoll.server.schema import rounds
+from atoll.server.errors import Unavailable
 from atoll.server.schema import runs as runs_table
 
 router: Final = APIRouter()
@@ -42,7 +41,7 @@ def propose_run(body: RunRequest, hub: Hub, who: Operating) -> dict[str, str]:
 @router.get("/runs", tags=["runs"])
 def list_runs(hub: Hub, _who: Viewer) -> list[dict[str, Any]]:
     """List the runs, newest first."""
-    columns = [column for column in runs_table.c if column.name != "plan"]
+    columns = [column for column in runs_table.c if column.name not in ("plan", "record")]
     with hub.store.read() as connection:
         rows = connection.execute(select(*columns).order_by(runs_table.c.created_at.desc()))
         return [dict(row) for row in rows.mappings()]
@@ -52,15 +51,15 @@ def list_runs(hub: Hub, _who: Viewer) -> list[dict[str, Any]]:
 def show_run(run: str, hub: Hub, _who: Viewer) -> dict[str, Any]:
     """Show a run with its plan and its rounds so far."""
     with hub.store.read() as connection:
-        row = (
-            connection.execute(select(runs_table).where(runs_table.c.id == run)).mappings().first()
-        )
-        if row is None:
-            raise NotFound(f"there is no run {run!r}", "see the list of runs")
-        done = connection.execute(
-            select(rounds).where(rounds.c.run == run).order_by(rounds.c.round)
-        )
-        return dict(row) | {"rounds": [dict(one) for one in done.mappings()]}
+        return runs.show(connection, run)
+
+
+@router.get("/runs/{run}/record", tags=["runs"])
+def show_record(run: str, hub: Hub, _who: Viewer) -> Response:
+    """Return a run's record; of one that is settled the bytes whose digest the audit log has."""
+    with hub.store.read() as connection:
+        data = record.read(connection, hub.settings.runs / run, run)
+    return Response(data, media_type="application/json")
 
 
 @router.post("/runs/{run}/approve", tags=["runs"])

@@ -18,7 +18,7 @@ from atoll.fleet import bundle as bundles
 from atoll.fleet import profile as profiles
 from atoll.fleet.bundle import Golden, Manifest
 from atoll.fleet.profile import Profile
-from atoll.server import export
+from atoll.server import export, model_card
 from atoll.server.policy import Verdict
 
 GOLDEN_INPUTS: Final = 16
@@ -26,6 +26,8 @@ _CANDIDATES: Final = 4 * GOLDEN_INPUTS
 _SLACK: Final = 2.0
 _LEAST_TOLERANCE: Final = 0.01
 """Of the outputs' spread: what an exact model may differ by on another processor."""
+_NOT_SHIPPED: Final = {"rounds", "by_device", "cohort"}
+"""Facts of a run that stay at the hub."""
 
 
 class Check(NamedTuple):
@@ -81,8 +83,12 @@ def write(
     golden: Golden,
     facts: Mapping[str, Any],
     verdicts: Sequence[Verdict],
+    weights: Mapping[str, str],
 ) -> Manifest:
-    """Write the bundle to ``out`` and return its manifest; ``created`` is in Unix seconds."""
+    """Write the bundle to ``out`` and return its manifest; ``created`` is in Unix seconds.
+
+    ``weights`` are the digests of those that the run began and ended with, ``in`` and ``out``.
+    """
     manifest = Manifest(
         model=plan.model,
         task=plan.task,
@@ -92,8 +98,9 @@ def write(
         output=bundles.Output(export.OUTPUT),
         classes=task.classes,
         channels=task.channels,
-        # How long rounds took and what they sent would tell how many took part in them.
-        metrics=_numbers({name: value for name, value in facts.items() if name != "rounds"}),
+        # How long rounds took and what they sent would tell how many took part in them; and what
+        # goes to every device tells of no single one.
+        metrics=_numbers({name: it for name, it in facts.items() if name not in _NOT_SHIPPED}),
         telemetry_noise=plan.privacy.telemetry_noise,
     )
     return bundles.write(
@@ -103,13 +110,17 @@ def write(
             bundles.MODEL: model,
             bundles.PROFILE: profile.encode(),
             bundles.GOLDEN: bundles.encode_golden(golden),
-            bundles.CARD: card(manifest, plan, facts, verdicts).encode(),
+            bundles.CARD: card(manifest, plan, facts, verdicts, weights).encode(),
         },
     )
 
 
 def card(
-    manifest: Manifest, plan: Plan, facts: Mapping[str, Any], verdicts: Sequence[Verdict]
+    manifest: Manifest,
+    plan: Plan,
+    facts: Mapping[str, Any],
+    verdicts: Sequence[Verdict],
+    weights: Mapping[str, str],
 ) -> str:
     """Return the model card, Markdown (after Mitchell et al., "Model Cards", 2019)."""
     privacy = plan.privacy
@@ -147,7 +158,7 @@ def card(
                 f"Federated averaging, {facts['rounds']['trained']} rounds, "
                 f"{facts['devices']['trainers']} devices; the data stayed on them. "
                 f"Sums in mode `{privacy.mode}`, updates clipped to an L2 norm of "
-                f"{privacy.clip_norm:g}, noise multiplier {privacy.noise_multiplier:g}{against}."
+                f"{_clipped(plan, facts)}, noise multiplier {privacy.noise_multiplier:g}{against}."
             ),
             "",
             (
@@ -165,8 +176,18 @@ def card(
             "",
             '"Known" devices trained the model; "unseen" ones did not.',
             "",
+            *model_card.spread(facts),
+            *model_card.fairness(facts),
             "## Gates",
             *gates,
+            "",
+            "## Record",
+            (
+                f"`atoll plan record {manifest.run}` at the hub tells the plan, what code ran, "
+                "what was charged, and the digests of what came in and out. SHA-256 of the "
+                f"float32 weights that training began with: `{weights['in']}`, and that it ended "
+                f"with: `{weights['out']}`."
+            ),
             "",
             "## Limits",
             (
@@ -177,6 +198,12 @@ def card(
             "",
         ]
     )
+
+
+def _clipped(plan: Plan, facts: Mapping[str, Any]) -> str:
+    """Say which clipping norm was used: of one that adapts, the last and the first."""
+    first, last = plan.privacy.clip_norm, facts["privacy"].get("clip_norm")
+    return f"{first:g}" if last is None else f"{last:.4g} in the last round, adapted from {first:g}"
 
 
 def _numbers(facts: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from atoll.server.cli_options import Data
+from atoll.server.cli_options import Data, MlflowUrl, tracking
 from atoll.server.client import Misuse, default_data
 from atoll.server.tables import put
 
@@ -65,6 +65,7 @@ def hub(
             help="SQLAlchemy URL, postgresql+psycopg://… say. (default: SQLite in --data)",
         ),
     ] = None,
+    mlflow: MlflowUrl = None,
     certificate_days: Annotated[
         float, typer.Option(min=0.01, max=3650, help="Life of a device certificate.")
     ] = 30.0,
@@ -96,6 +97,7 @@ def hub(
             mqtt_port=mqtt_port,
             superlink=superlink,
             superlink_ca=superlink_ca,
+            mlflow=None if mlflow is None else tracking(mlflow),
             certificate_days=certificate_days,
         ),
         say,

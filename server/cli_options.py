@@ -10,8 +10,8 @@ from typing import Annotated, Final, ParamSpec, TypeVar
 
 import typer
 
-from atoll.server.client import Failure, HubClient, find_access
-from atoll.server.errors import HubError
+from atoll.server.client import Failure, HubClient, Misuse, find_access
+from atoll.server.errors import BadInput, HubError
 from atoll.server.tables import clean, note
 
 INTERRUPTED: Final = 130
@@ -20,6 +20,15 @@ Data = Annotated[
     Path | None,
     typer.Option(
         help="The hub's data directory. (default: $ATOLL_DATA or ~/.local/share/atoll/hub)",
+        show_default=False,
+    ),
+]
+MlflowUrl = Annotated[
+    str | None,
+    typer.Option(
+        envvar="ATOLL_MLFLOW",
+        show_envvar=False,
+        help="URL of the MLflow tracking server to tell of runs. (default: $ATOLL_MLFLOW, or none)",
         show_default=False,
     ),
 ]
@@ -76,6 +85,17 @@ def flowing(text: str) -> str:
         paragraph if paragraph.startswith("- ") else " ".join(paragraph.split())
         for paragraph in paragraphs
     )
+
+
+def tracking(url: str) -> str:
+    """Return the URL of a tracking server; raise :class:`Misuse` for what is none."""
+    from atoll.server.mlflow import target
+
+    try:
+        target(url)
+    except BadInput as error:
+        raise Misuse(f"--mlflow: {error}") from error
+    return url
 
 
 def agreed(question: str, *, yes: bool) -> None:

@@ -2,20 +2,23 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Final, Self
 
-from atoll.federation import plan as plans
-from atoll.federation.errors import BadPlan
 from atoll.server.client import NoHub
-from atoll.server.tables import note, span
+from atoll.server.progress import Standing, asked, latest, plan_of, standing, time_left
+from atoll.server.tables import note, put_table, span
+from atoll.server.web_format import size
 
 ENDED: Final = ("gated", "published", "rejected", "failed", "cancelled")
 POLL_SECONDS: Final = 1.0
 PATIENCE: Final = 60.0
 """Seconds for which a hub that is being restarted may be silent."""
+
+TABLED: Final = ("cohort", "fairness", "spread", "spread_left_out")
+"""Facts that :mod:`atoll.server.cli_cohorts` shows."""
 
 Run = Mapping[str, Any]
 
@@ -50,37 +53,48 @@ def lines(before: Run | None, run: Run) -> list[str]:
     said = []
     if before is None or before["state"] != run["state"]:
         said.append(f"{run['state']}{': ' + run['reason'] if run['reason'] else ''}")
-    done = 0 if before is None else len(before["rounds"])
-    total = rounds_of(run)
-    for one in run["rounds"][done:]:
-        parts = [f"round {one['round']}{f'/{total}' if total else ''}", *_facts(one)]
-        parts.append(f"{len(one['survivors'])} answered, {len(one['dropped'])} dropped")
-        said.append("  ".join([*parts, f"{one['seconds']:.1f} s"]))
+    known = {} if before is None else {one["round"]: one for one in before["rounds"]}
+    for place, one in enumerate(run["rounds"]):
+        told = known.get(one["round"])
+        if told is None:
+            said.append(f"round {_number(run, place)}  {'  '.join(facts(one))}")
+        elif told.get("accuracy") is None and one.get("accuracy") is not None:
+            said.append(f"round {_number(run, place)}  accuracy {one['accuracy']:.1%}")
     if run["stage"] and (before is None or before["stage"] != run["stage"]):
         said.append(f"stage: {run['stage']}")
     return said
 
 
-def rounds_of(run: Run) -> int | None:
-    """Return how many rounds the run's plan has; none if it cannot be read here."""
-    try:
-        return plans.loads(run["plan"]).rounds
-    except BadPlan:
-        return None
+def standing_of(run: Run) -> Standing:
+    """Count the run's rounds."""
+    return standing(plan_of(run["plan"]), run["rounds"])
 
 
-def time_left(rounds: Sequence[Run], total: int) -> float | None:
-    """Return the seconds that the rounds to come will take, by the mean of those done."""
-    if not rounds:
-        return None
-    done = sum(float(one["seconds"]) for one in rounds)
-    return done / len(rounds) * max(0, total - len(rounds))
+def facts(one: Run) -> list[str]:
+    """Return what is known of a round: loss, accuracy, ε, participation, bytes, time."""
+    if one.get("lost"):
+        return ["lost: it broke off"]
+    said = []
+    if one["loss"] is not None:
+        said.append(f"loss {one['loss']:.4f}")
+    if one.get("accuracy") is not None:
+        said.append(f"accuracy {one['accuracy']:.1%}")
+    if one["epsilon"] is not None:
+        said.append(f"ε {one['epsilon']:.3g}")
+    said.append(f"{len(one['survivors'])} of {asked(one)} devices")
+    if not one["survivors"]:
+        said.append("thrown away")
+    if one.get("bytes_up") is not None:
+        said.append(f"{size(one['bytes_up'])} up, {size(one['bytes_down'])} down")
+    return [*said, f"{one['seconds']:.1f} s"]
 
 
 def outcome(run: Run) -> dict[str, object]:
-    """Return what a run's metrics say, as names and values to print."""
+    """Return what a run's metrics say, as names and values to print; but what has tables."""
     facts: dict[str, object] = {}
     for name, value in sorted((run["metrics"] or {}).items()):
+        if name in TABLED:
+            continue
         if isinstance(value, bool | int | str):
             facts[name] = value
         elif isinstance(value, float):
@@ -94,13 +108,22 @@ def outcome(run: Run) -> dict[str, object]:
     return facts
 
 
+def put_rounds(run: Run) -> None:
+    """Print a run's rounds."""
+    put_table(
+        ["Round", "Seconds", "In the sum", "Loss", "Accuracy", "ε", "Up", "Down", ""],
+        [_row(done) for done in run["rounds"]],
+        "No round is done yet.",
+    )
+
+
 class RunProgress:
     """Shows a run on standard error, as fits it: with a bar, or line by line."""
 
     def __init__(self) -> None:
         self._before: Run | None = None
         self._stack = ExitStack()
-        self._update: Callable[[str, int, int | None], None] | None = None
+        self._update: Callable[[str, str, int, int | None], None] | None = None
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
@@ -121,47 +144,81 @@ class RunProgress:
             for line in lines(self._before, run):
                 note(line)
         else:
-            total = rounds_of(run)
-            self._update(describe(run, total), len(run["rounds"]), total)
+            where = standing_of(run)
+            self._update(*describe(run), where.done, where.planned)
         self._before = run
 
     def _start_bar(self) -> None:
-        from rich.console import Console
+        from rich.console import Console, Group
+        from rich.live import Live
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.text import Text
 
-        progress = self._stack.enter_context(
-            Progress(
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total} rounds", markup=False),
-                TextColumn("{task.description}", markup=False),
-                TimeElapsedColumn(),
-                console=Console(stderr=True),
-            )
+        progress = Progress(
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total} rounds", markup=False),
+            TextColumn("{task.description}", markup=False),
+            TimeElapsedColumn(),
         )
         task = progress.add_task("", total=None)
+        live = self._stack.enter_context(Live(progress, console=Console(stderr=True)))
 
-        def update(description: str, done: int, total: int | None) -> None:
-            progress.update(task, description=description, completed=done, total=total)
+        def update(head: str, last: str, done: int, total: int | None) -> None:
+            progress.update(task, description=head, completed=done, total=total)
+            # Below the bar, where it may take lines of its own on a narrow terminal.
+            live.update(Group(progress, Text(last)) if last else progress)
 
         self._update = update
 
 
-def describe(run: Run, total: int | None) -> str:
-    """Return in one line where a run stands."""
+def describe(run: Run) -> tuple[str, str]:
+    """Return where a run stands, and what is known of its last round; a line each."""
     words = [run["state"] if run["state"] != "running" else run["stage"] or "starting"]
     rounds = run["rounds"]
-    if rounds:
-        words += _facts(rounds[-1])
-        left = time_left(rounds, total) if total else None
-        if left and run["state"] == "running":
-            words.append(f"about {span(left)} of training left")
-    return "  ".join(words)
+    if not rounds:
+        return words[0], ""
+    where = standing_of(run)
+    if where.lost:
+        words.append(f"{where.lost} lost")
+    left = time_left(rounds, where.to_come)
+    if left and run["state"] == "running":
+        words.append(f"about {span(left)} of training left")
+    last = facts(rounds[-1])
+    known = latest(rounds, "accuracy")
+    if rounds[-1].get("accuracy") is None and known is not None:
+        last.append(f"accuracy {known:.1%} before")
+    return "  ".join(words), "  ".join(last)
 
 
-def _facts(one: Run) -> list[str]:
-    facts = []
-    if one["loss"] is not None:
-        facts.append(f"loss {one['loss']:.4f}")
-    if one["epsilon"] is not None:
-        facts.append(f"ε {one['epsilon']:.3g}")
-    return facts
+def _number(run: Run, place: int) -> str:
+    """Name the round in the given place of the run's rounds: ``2/3`` of those planned.
+
+    Lost rounds and those that make up for them are counted as one.
+    """
+    plan = plan_of(run["plan"])
+    if plan is None:
+        return str(run["rounds"][place]["round"])
+    before = sum(not one.get("lost") for one in run["rounds"][:place])
+    return f"{before + 1}/{plan.rounds}"
+
+
+def _row(done: Mapping[str, Any]) -> list[object]:
+    """Return the cells of a round; what is not known of it is a dash."""
+    known = {
+        name: form(done[name]) if done.get(name) is not None else "–"
+        for name, form in (
+            ("loss", "{:.4f}".format),
+            ("accuracy", "{:.1%}".format),
+            ("epsilon", "{:.3g}".format),
+            ("bytes_up", size),
+            ("bytes_down", size),
+        )
+    }
+    lost = "lost" if done.get("lost") else ""
+    return [
+        done["round"],
+        f"{done['seconds']:.1f}",
+        f"{len(done['survivors'])} of {asked(done)}",
+        *known.values(),
+        lost if done["survivors"] or lost else "thrown away",
+    ]

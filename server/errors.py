@@ -13,6 +13,7 @@ HubError                 a sentence and a remedy; the API answers with both
 ├── TooLarge             413: send less
 ├── TooMany              429: wait
 ├── Unavailable          503: a part of the hub is down; try again
+├── ExportRefused        502: a tracking server will not have a run; read why, do not repeat it
 └── Superseded           the run is another process's now; end without a word
 """
 
@@ -118,6 +119,13 @@ class Unavailable(HubError):
 
     status = 503
     code = "unavailable"
+
+
+class ExportRefused(HubError):
+    """A tracking server that answers and will not have what it is told."""
+
+    status = 502
+    code = "export-refused"
 
 
 class Superseded(HubError):

@@ -36,13 +36,15 @@ from atoll.server.device_api import create_device_app
 from atoll.server.duties import duties
 from atoll.server.errors import AlreadyRunning, CannotStart
 from atoll.server.events import Bus
+from atoll.server.exporting import Exporter
 from atoll.server.fleet_front import FleetFront
 from atoll.server.ingest import TOPICS, Ingest
 from atoll.server.link import Link, client_context
 from atoll.server.membership import Fleet
+from atoll.server.mlflow import Mlflow
 from atoll.server.operator_api import create_operator_app
 from atoll.server.peers import Traffic
-from atoll.server.scheduler import Scheduler
+from atoll.server.scheduler import Duty, Scheduler
 from atoll.server.schema import devices
 from atoll.server.settings import Settings
 from atoll.server.store import Store
@@ -174,8 +176,18 @@ class Hub:
         scheduler = Scheduler(duties(self.context, link, traffic, runner))
         scheduler.start()
         self._parts.callback(scheduler.stop)
+        if settings.mlflow is not None:
+            self._export(store, settings.mlflow)
         self._serve(tls, device_port, operator_port, traffic)
         operator_file.write(self.context)
+
+    def _export(self, store: Store, url: str) -> None:
+        """Tell MLflow of runs, in a thread of its own: it may be slow, and nothing waits for it."""
+        mlflow = self._parts.enter_context(Mlflow(url))
+        exporter = Exporter(store, self._settings.runs, mlflow, self._clock)
+        telling = Scheduler([Duty("exporting to MLflow", exporter.tick, every=2.0)])
+        telling.start()
+        self._parts.callback(telling.stop)
 
     def _broker(self, tls: HubTls, authority: Authority) -> Broker:
         settings = self._settings

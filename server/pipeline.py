@@ -12,43 +12,46 @@ Only a candidate that passes every gate is written to ``out``, to wait there for
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from flwr.serverapp import Grid
 
-from atoll.federation import evaluation, parameters, release, rounds
+from atoll.federation import buffered, evaluation, parameters, release, rounds
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.cohort import Cohort
-from atoll.federation.conversation import RoundReport
 from atoll.federation.errors import BadPlan, RoundFailed
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock
 from atoll.federation.messages import EvaluateReply
 from atoll.federation.plan import Plan
-from atoll.federation.task import Task
+from atoll.federation.task import Grouped, Task
 from atoll.fleet import ranges
 from atoll.fleet.bundle import Manifest
 from atoll.fleet.features import FeatureSpec
 from atoll.privacy.ledger import Event, Gaussian, Ledger, Unnoised
 from atoll.privacy.modes import HubSession
-from atoll.server import candidates, export, measures, policy
+from atoll.server import candidates, export, fairness, measures, policy, record, spread
 from atoll.server.measures import sides_of, total
 from atoll.server.policy import Rule, Verdict
-from atoll.server.questions import Questions, Tally
+from atoll.server.questions import Confusion, Evaluation, Questions, Tally
 from atoll.server.recording import Recorder
 
 CALIBRATED_SHARE: Final = 0.9999
 """Share of a tensor's values within its int8 range; the rest saturates."""
 
-_SIGNAL_AXES: Final = 2
+LISTED: Final = 200
+"""Devices that a run lists as left out; of more, their number alone is told."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be run, by whom and over which grid. ``created`` is in Unix seconds."""
+    """What is to be run, by whom and over which grid. ``created`` is in Unix seconds.
+
+    ``attempt`` is how often the run has been started, this time included.
+    """
 
     grid: Grid
     plan: Plan
@@ -58,6 +61,9 @@ class Job:
     created: float
     rules: Sequence[Rule] = policy.RULES
     clock: Clock = SYSTEM_CLOCK
+    attempt: int = 1
+    left_out: Callable[[], Mapping[str, str]] = dict
+    """Says which trainers may not train now by ``cohort.rule``, and why."""
 
     @property
     def questions(self) -> Questions:
@@ -104,13 +110,25 @@ def run(
     """
     facts: dict[str, Any] = {}
     protect_examples(job, examples)
+    rules = [*job.rules, *policy.rules_of(job.plan)]
+    check_groups(job, rules)
 
     def note(**found: Any) -> None:  # noqa: ANN401 -- JSON
         facts.update(found)
         recorder.metrics(found)
 
     recorder.stage("train")
-    weights = _train(job, session, ledger, examples, recorder, note, checkpoints)
+    initial = parameters.flatten(job.task.model(job.plan.seed))
+    recorder.record(
+        record.beginning(job.plan, job.task, job.cohort, initial, job.attempt, job.created)
+    )
+    outcome = _train(job, session, ledger, examples, recorder, note, checkpoints, initial)
+    weights = outcome.weights
+    digests = {"in": record.of_weights(initial), "out": record.of_weights(weights)}
+    recorder.record({"weights": digests})
+    if outcome.turns:  # "known" are those that were asked to train
+        asked = [name for name in job.cohort.trainers if name in outcome.turns]
+        job = replace(job, cohort=replace(job.cohort, trainers=asked))
     recorder.stage("evaluate")
     replies = _evaluate(job, weights)
     note(**measures.of_weights(replies, sides_of(job.cohort.trainers, replies)))
@@ -136,7 +154,7 @@ def run(
     check = candidates.golden_check(profile, job.task.input_shape, exact, shipped, job.run)
     note(golden=check.facts())
     recorder.stage("gate")
-    verdicts = policy.judge(facts, job.rules)
+    verdicts = policy.judge(facts, rules)
     note(gates=[verdict.plain() for verdict in verdicts])
     if not policy.passed(verdicts):
         return Result(None, verdicts, facts)
@@ -151,7 +169,9 @@ def run(
         golden=check.golden,
         facts=facts,
         verdicts=verdicts,
+        weights=digests,
     )
+    recorder.record({"files": record.files_of(manifest)})
     return Result(manifest, verdicts, facts)
 
 
@@ -176,9 +196,9 @@ def example_event(plan: Plan) -> Gaussian | None:
 
 
 def features_of(task: Task) -> FeatureSpec:
-    """Return what is watched of a task's examples: signals by moments, tables by columns."""
-    signals = len(task.input_shape) == _SIGNAL_AXES
-    return FeatureSpec(kind="channel-stats" if signals else "columns", channels=task.channels)
+    """Return what is watched of examples: signals and images by moments, tables by columns."""
+    table = len(task.input_shape) == 1
+    return FeatureSpec(kind="columns" if table else "channel-stats", channels=task.channels)
 
 
 def _train(
@@ -189,9 +209,9 @@ def _train(
     recorder: Recorder,
     note: Callable[..., None],
     checkpoints: Checkpoints | None,
-) -> parameters.Vector:
+    initial: parameters.Vector,
+) -> rounds.Outcome:
     plan = job.plan
-    reports: list[RoundReport] = []
     of_example = example_event(plan)
 
     def charge(number: int, connected: int) -> float | None:
@@ -204,21 +224,19 @@ def _train(
         spent = ledger.charge(charge_id, event).epsilon_pld
         return spent if isfinite(spent) else None
 
-    def heard(report: RoundReport) -> None:
-        reports.append(report)
-        recorder.round(report)
-
-    outcome = rounds.run_rounds(
+    run_plan = buffered.run_buffered if plan.asynchrony else rounds.run_rounds
+    outcome = run_plan(
         job.grid,
         plan,
         job.cohort,
         session,
         charge,
-        heard,
-        parameters.flatten(job.task.model(plan.seed)),
+        recorder.round,
+        initial,
         run=job.run,
         checkpoints=checkpoints,
         clock=job.clock,
+        left_out=_left_out(job, note),
     )
     spent = ledger.spent()
     finite = isfinite(spent.epsilon_pld)
@@ -233,14 +251,17 @@ def _train(
             "epsilon": of_examples.epsilon_pld,
             "delta": of_examples.delta,
         }
-    if plan.privacy.clip == "adaptive" and reports:
-        privacy["clip_norm"] = reports[-1].clip_norm
+    reports = recorder.rounds_told()
+    ended = [report for report in reports if not report.lost]
+    if plan.privacy.clip == "adaptive" and ended:
+        privacy["clip_norm"] = ended[-1].clip_norm
     note(
         rounds={
             "planned": plan.rounds,
             "trained": outcome.rounds,
+            "lost": len(reports) - len(ended),
             "ended": outcome.ended,
-            "seconds": sum(report.seconds for report in reports) / max(len(reports), 1),
+            "seconds": sum(report.seconds for report in ended) / max(len(ended), 1),
             "bytes_up": sum(report.bytes_up for report in reports),
             "bytes_down": sum(report.bytes_down for report in reports),
         },
@@ -248,7 +269,30 @@ def _train(
         epsilon=spent.epsilon_pld if finite else None,
         delta=spent.delta,
     )
-    return outcome.weights
+    return outcome
+
+
+def _left_out(job: Job, note: Callable[..., None]) -> Callable[[], Collection[str]]:
+    """Return who may not train now, noting it in the run's facts when it changes."""
+    noted: dict[str, Mapping[str, str]] = {}
+
+    def look() -> Collection[str]:
+        found = {name: why for name, why in job.left_out().items() if name in job.cohort.trainers}
+        if job.plan.cohort.rule is not None and noted.get("now") != found:
+            noted["now"] = found
+            trainers = len(job.cohort.trainers)
+            listed = dict(list(found.items())[:LISTED])
+            note(
+                cohort={
+                    "rule": job.plan.cohort.rule,
+                    "trainers": trainers,
+                    "eligible": trainers - len(found),
+                    "left_out": listed,
+                }
+            )
+        return found
+
+    return look
 
 
 def protect_examples(job: Job, examples: Ledger | None) -> None:
@@ -264,6 +308,16 @@ def protect_examples(job: Job, examples: Ledger | None) -> None:
     from atoll.federation import example_privacy  # loads Opacus
 
     example_privacy.check(job.task.model(job.plan.seed), job.task.input_shape)
+
+
+def check_groups(job: Job, rules: Sequence[Rule]) -> None:
+    """Raise :class:`BadPlan` for a gate on fairness where the task tells of no groups."""
+    asking = [rule.name for rule in rules if "fairness" in policy.subjects(rule)]
+    if asking and not groups_of(job.task):
+        raise BadPlan(
+            f"the gate {asking[0]!r} is about groups, and the task {job.task.name!r} tells of "
+            "none: leave the gate out, or give the task `groups` and `group_of`"
+        )
 
 
 def _evaluate(job: Job, weights: parameters.Vector) -> dict[str, EvaluateReply]:
@@ -285,19 +339,36 @@ def _evaluate(job: Job, weights: parameters.Vector) -> dict[str, EvaluateReply]:
     return sound
 
 
+def groups_of(task: Task) -> tuple[str, ...]:
+    """Return the names of the groups that a task tells of; none for a task without."""
+    return task.groups if isinstance(task, Grouped) else ()
+
+
+def _confusions(found: Mapping[str, Evaluation]) -> dict[str, Confusion]:
+    return {name: answer.confusion for name, answer in found.items()}
+
+
 def _compare(
     job: Job, replies: Mapping[str, EvaluateReply], exact: bytes, shipped: bytes
 ) -> dict[str, Any]:
     """Evaluate both ONNX models; return the facts about the devices that did all three."""
-    classes = len(job.task.classes)
+    classes, groups = len(job.task.classes), groups_of(job.task)
     evaluators = job.cohort.evaluators
-    floats = job.questions.confusions(exact, evaluators, classes)
-    ints = job.questions.confusions(shipped, evaluators, classes)
+    floats = _confusions(job.questions.evaluations(exact, evaluators, classes))
+    told = job.questions.evaluations(shipped, evaluators, classes, len(groups))
+    ints = _confusions(told)
     everywhere = [name for name in evaluators if name in replies and name in floats.keys() & ints]
     before = {name: Tally(replies[name].correct, replies[name].rows) for name in everywhere}
     after = {name: Tally.of(floats[name]) for name in everywhere}
     changed = total(after, everywhere).accuracy - total(before, everywhere).accuracy
-    return measures.of_models(floats, ints, sides_of(job.cohort.trainers, everywhere)) | {
+    sides, least = sides_of(job.cohort.trainers, everywhere), job.plan.cohort.min_devices
+    tallies = {name: Tally.of(ints[name]) for name in everywhere}
+    by_group = {name: found for name in everywhere if (found := told[name].by_group) is not None}
+    fair = fairness.of_devices(by_group, groups, job.task.classes, least) if groups else None
+    return {
+        **measures.of_models(floats, ints, sides),
+        **spread.by_cohort(tallies, sides, job.cohort.labels, least),
+        **({"fairness": fair} if fair is not None else {}),
         "devices": {
             "trainers": len(job.cohort.trainers),
             "asked": len(evaluators),

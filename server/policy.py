@@ -4,6 +4,8 @@ The rules are in the Common Expression Language (https://cel.dev), so a person w
 a release can read and change them. They fail closed: a rule passes only when it evaluates to
 ``true``; a missing fact, a type error, NaN or a rule that does not parse is a failure that
 says so. All numbers among the facts are doubles, so rules write ``1.0``.
+
+A plan may add rules of its own (``[gates]``); none takes one away.
 """
 
 import re
@@ -11,6 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import cel
+
+from atoll.federation.plan import Plan
+from atoll.server import expressions
+from atoll.server.errors import BadInput
 
 _NAMED: Final = re.compile(r"[a-z_]\w*(?:\.[a-z_]\w*)+")
 
@@ -60,6 +66,44 @@ def judge(facts: Mapping[str, Any], rules: Iterable[Rule] = RULES) -> list[Verdi
     """Evaluate every rule over ``facts``, nested mappings of numbers, strings and booleans."""
     context = {name: _doubles(value) for name, value in facts.items()}
     return [_verdict(rule, context) for rule in rules]
+
+
+FACTS: Final = frozenset(
+    {
+        *("accuracy", "by_device", "cohort", "confusion", "delta", "devices", "epsilon"),
+        *("fairness", "golden", "loss", "model", "privacy", "profile", "rounds", "rows"),
+        *("spread", "spread_left_out"),
+    }
+)
+"""What a rule may be about: the names of a run's facts."""
+
+
+def rules_of(plan: Plan) -> list[Rule]:
+    """Return the rules that a plan adds."""
+    return [Rule(name, expression) for name, expression in plan.gates.items()]
+
+
+def check(rule: Rule) -> None:
+    """Raise :class:`BadInput` for a rule that no candidate could ever pass."""
+    unknown = sorted(subjects(rule) - FACTS)
+    if unknown:
+        raise BadInput(
+            f"the gate {rule.name!r} is about {unknown[0]!r}, which is no fact of a run",
+            f"there are: {', '.join(sorted(FACTS))}",
+        )
+
+
+def subjects(rule: Rule) -> set[str]:
+    """Return the names of the facts that a rule is about; raise :class:`BadInput` if it has none.
+
+    That is, if it is no CEL. Names that a macro binds are not among them.
+    """
+    try:
+        return expressions.names(rule.expression)
+    except ValueError as error:
+        raise BadInput(
+            f"the gate {rule.name!r} is no CEL expression: {error}", "see https://cel.dev"
+        ) from error
 
 
 def passed(verdicts: Sequence[Verdict]) -> bool:

@@ -28,6 +28,9 @@ from atoll.fleet.queries import Split
 Confusion = npt.NDArray[np.int64]
 """``[true, predicted]``, int64 ``(classes, classes)``."""
 
+ByGroup = npt.NDArray[np.int64]
+"""``[group, true, predicted]``, int64 ``(groups, classes, classes)``."""
+
 _Answer = TypeVar("_Answer", bound=queries.Answer)
 
 
@@ -54,6 +57,13 @@ class Tally(NamedTuple):
         return cls(int(np.trace(confusion)), int(confusion.sum()))
 
 
+class Evaluation(NamedTuple):
+    """How a model did on a device; ``by_group`` is none where the device counted no groups."""
+
+    confusion: Confusion
+    by_group: ByGroup | None
+
+
 @dataclass(frozen=True, slots=True)
 class Questions:
     """Puts questions to devices of a cohort and waits ``timeout`` seconds for the answers.
@@ -67,16 +77,22 @@ class Questions:
     least: int
     clock: Clock
 
-    def confusions(
-        self, model: bytes, devices: Collection[str], classes: int, split: Split = "test"
-    ) -> dict[str, Confusion]:
+    def evaluations(
+        self,
+        model: bytes,
+        devices: Collection[str],
+        classes: int,
+        groups: int = 0,
+        split: Split = "test",
+    ) -> dict[str, Evaluation]:
         """Evaluate an ONNX model on each device's split; devices that did not answer are absent."""
-        question = queries.EvaluateOnnx(model=model, split=split)
+        question = queries.EvaluateOnnx(model=model, split=split, groups=groups)
         answers = self._ask(queries.EVALUATE_ONNX, question, devices, queries.Evaluated)
         found = {}
         for device, answer in answers.items():
             if _square(answer.confusion, classes, answer.rows):
-                found[device] = np.array(answer.confusion, dtype=np.int64)
+                confusion = np.array(answer.confusion, dtype=np.int64)
+                found[device] = Evaluation(confusion, _parts(answer.by_group, confusion, groups))
         return found
 
     def activations(
@@ -169,6 +185,17 @@ class Questions:
                 f"{answered} of {len(devices)} devices answered the question {name!r} and the "
                 f"plan needs {self.least}; look at why the others did not, then run it again"
             )
+
+
+def _parts(found: list[list[list[int]]], whole: Confusion, groups: int) -> ByGroup | None:
+    """Return the counts of so many groups, if these are parts of ``whole``."""
+    classes = len(whole)
+    if not groups or len(found) != groups:
+        return None
+    if not all(_square(part, classes, sum(map(sum, part))) for part in found):
+        return None
+    parts = np.array(found, dtype=np.int64)
+    return parts if (parts.sum(axis=0) <= whole).all() else None
 
 
 def _square(rows: list[list[int]], classes: int, total: int) -> bool:

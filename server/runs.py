@@ -21,11 +21,11 @@ from atoll.federation import release
 from atoll.federation.errors import BadPlan, LinkError
 from atoll.federation.plan import Plan, loads
 from atoll.privacy.errors import BadParameters
-from atoll.server import audit, claims, desired
+from atoll.server import audit, claims, desired, plan_rules
 from atoll.server.auth import Operator
 from atoll.server.context import Clock, Nodes
 from atoll.server.errors import BadInput, Conflict, Forbidden, NotFound
-from atoll.server.schema import devices, runs, twins
+from atoll.server.schema import devices, rounds, runs, twins
 from atoll.server.store import Store
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,16 @@ def cancel(connection: Connection, run: str, *, actor: str, now: float) -> str |
     return flower
 
 
+def show(connection: Connection, run: str) -> dict[str, Any]:
+    """Return a run with its plan and its rounds so far, JSON-able. Raises :class:`NotFound`."""
+    columns = [column for column in runs.c if column.name != "record"]
+    row = connection.execute(select(*columns).where(runs.c.id == run)).mappings().first()
+    if row is None:
+        raise _missing(run)
+    done = connection.execute(select(rounds).where(rounds.c.run == run).order_by(rounds.c.round))
+    return dict(row) | {"rounds": [dict(one) for one in done.mappings()]}
+
+
 def read_plan(plan_toml: str) -> Plan:
     """Return the plan; raise :class:`BadInput` unless it can be run here."""
     try:
@@ -105,6 +115,7 @@ def read_plan(plan_toml: str) -> Plan:
         release.check(plan)
     except BadParameters as error:
         raise BadInput(f"the plan cannot be run: {error}", "edit the plan") from error
+    plan_rules.check(plan)
     known = sorted(entry_points(group="atoll.tasks").names)
     if plan.task not in known:
         raise BadInput(
@@ -290,8 +301,12 @@ def _in_state(state: str) -> Any:  # noqa: ANN401  a Select of all the columns
 def _row(connection: Connection, run: str) -> RowMapping:
     row = connection.execute(select(runs).where(runs.c.id == run)).mappings().first()
     if row is None:
-        raise NotFound(f"there is no run {run!r}", "see the list of runs")
+        raise _missing(run)
     return row
+
+
+def _missing(run: str) -> NotFound:
+    return NotFound(f"there is no run {run!r}", "see the list of runs")
 
 
 def _move(

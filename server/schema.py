@@ -20,6 +20,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 
 metadata = MetaData()
@@ -152,6 +153,7 @@ runs = Table(
     Column("stalled", Integer, nullable=False, server_default="0"),
     Column("stage", String(32), nullable=False, default=""),  # train, evaluate, export, …
     Column("metrics", JSON, nullable=False),  # accuracy by split and precision, gates, ε, δ
+    Column("record", JSON),  # what its process told of itself (server.record); of old ones, none
 )
 
 rounds = Table(
@@ -165,6 +167,27 @@ rounds = Table(
     Column("dropped", JSON, nullable=False),
     Column("loss", Float),  # mean training loss the devices reported
     Column("epsilon", Float),  # spent by the population so far; none when there is no noise
+    # Of rounds from before they were stored, what follows is none.
+    Column("bytes_up", BigInteger),  # payload of all devices together
+    Column("bytes_down", BigInteger),
+    Column("clip_norm", Float),  # that the round used
+    Column("drawn", Integer),  # trainers in the round's cohort
+    Column("connected", Integer),  # those of them that were there
+    Column("lost", Boolean, nullable=False, server_default=false()),  # it broke off
+    Column("accuracy", Float),  # of the weights after it, where devices were asked
+    Column("evaluated", Integer),  # held-back examples that the accuracy is over
+    Column("evaluate_seconds", Float),
+)
+
+# How far a run has been told to a tracking server: a mark of what was last told, so that it is
+# told again once that changes. What is known there is looked up there.
+exports = Table(
+    "exports",
+    metadata,
+    Column("run", ForeignKey("runs.id"), primary_key=True),
+    Column("target", String(255), primary_key=True),  # the server's URL, without credentials
+    Column("mark", String(64), nullable=False),
+    Column("at", Float, nullable=False),
 )
 
 ledger = Table(

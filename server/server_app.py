@@ -29,11 +29,11 @@ from atoll.fleet.errors import FleetError
 from atoll.privacy.errors import PrivacyError
 from atoll.privacy.ledger import Ledger, LedgerStore
 from atoll.privacy.modes import hub_session
-from atoll.server import audit, pipeline
+from atoll.server import audit, cohort_rule, device_facts, pipeline, record
 from atoll.server.claims import Claim, ClaimedLedgerStore, Start, claimed
 from atoll.server.errors import HubError, Superseded, Unavailable
 from atoll.server.ledger_store import SqlLedgerStore
-from atoll.server.recording import SqlRecorder
+from atoll.server.recording import Recorder, SqlRecorder
 from atoll.server.runs import ATTEMPT_KEY, RUN_KEY
 from atoll.server.schema import devices, runs
 from atoll.server.settings import Settings
@@ -42,6 +42,9 @@ from atoll.server.store import Store
 ACTOR: Final = "run"
 """Who the audit log names for what a run's process does."""
 _LOOK_SECONDS: Final = 0.5
+
+MakeRecorder = Callable[[Store, str, Callable[[], float]], Recorder]
+"""Makes a run's recorder from the store, the run's id and a clock of Unix seconds."""
 
 log = logging.getLogger(__name__)
 
@@ -75,17 +78,21 @@ def execute(
     tasks: Callable[[str], Task] = find,
     now: Callable[[], float] = time.time,
     clock: Clock = SYSTEM_CLOCK,
+    recorder: MakeRecorder = SqlRecorder,
 ) -> None:
     """Run a plan of the store, from its checkpoint if it has one, and settle the run.
 
-    ``now`` gives Unix seconds. What goes wrong in a way that a person can mend settles the run
-    as failed and is not raised; anything else is both. :class:`LinkError` and
-    :class:`Unavailable` are raised with the run as it was: it can go on in another process. One
-    that finds the run to be another's ends without a word.
+    ``now`` gives Unix seconds; ``recorder`` makes who hears of the run. The grid is that of any
+    engine: what a run does is decided by the plan and the store alone.
+
+    What goes wrong in a way that a person can mend settles the run as failed and is not raised;
+    anything else is both. :class:`LinkError` and :class:`Unavailable` are raised with the run as
+    it was: it can go on in another process. One that finds the run to be another's ends without
+    a word.
     """
     try:
         with claimed(store, settings.runs / start.run, start, clock) as claim:
-            _carry_out(grid, store, settings, start.run, claim, tasks, now, clock)
+            _carry_out(grid, store, settings, start, claim, tasks, now, clock, recorder)
     except Superseded as superseded:
         log.info("%s", superseded)
 
@@ -94,12 +101,14 @@ def _carry_out(
     grid: Grid,
     store: Store,
     settings: Settings,
-    run: str,
+    start: Start,
     claim: Claim,
     tasks: Callable[[str], Task],
     now: Callable[[], float],
     clock: Clock,
+    recorder: MakeRecorder,
 ) -> None:
+    run, folder = start.run, settings.runs / start.run
     try:
         with store.read() as connection:
             plan = _plan(connection, run)
@@ -109,26 +118,31 @@ def _carry_out(
         await_cohort(grid, cohort, plan, clock)
         kept = ClaimedLedgerStore(SqlLedgerStore(store, now), claim)
         result = pipeline.run(
-            pipeline.Job(grid, plan, cohort, tasks(plan.task), run, now(), clock=clock),
+            pipeline.Job(
+                *(grid, plan, cohort, tasks(plan.task), run, now()),
+                clock=clock,
+                attempt=start.attempt,
+                left_out=lambda: left_out(store, plan, now(), settings.offline_seconds),
+            ),
             session=hub_session(plan.privacy.mode, cohort.roster),
             ledger=Ledger(kept, plan.model, plan.privacy.budget_epsilon, plan.privacy.delta),
             examples=_account_of_examples(kept, plan),
-            recorder=SqlRecorder(store, run, now),
+            recorder=recorder(store, run, now),
             out=settings.candidates / run,
-            checkpoints=Checkpoints(settings.runs / run),
+            checkpoints=Checkpoints(folder),
         )
     except (LinkError, Unavailable, Superseded):
         raise
     except (FederationError, PrivacyError, FleetError, HubError, OSError) as error:
-        _settle(store, run, claim, "failed", str(error), now())
+        _settle(store, folder, claim, "failed", str(error), now())
     except Exception as error:
-        _settle(store, run, claim, "failed", f"{type(error).__name__}: {error}", now())
+        _settle(store, folder, claim, "failed", f"{type(error).__name__}: {error}", now())
         raise
     else:
         if result.manifest is None:
-            _settle(store, run, claim, "rejected", f"gates failed: {result.refused}", now())
+            _settle(store, folder, claim, "rejected", f"gates failed: {result.refused}", now())
         else:
-            _settle(store, run, claim, "gated", "", now())
+            _settle(store, folder, claim, "gated", "", now())
 
 
 def _account_of_examples(kept: LedgerStore, plan: Plan) -> Ledger | None:
@@ -162,7 +176,23 @@ def cohort_of(connection: Connection, plan: Plan) -> Cohort:
         members={row.id: Member(int(row.node_id), row.certificate.encode()) for row in rows},
         trainers=trainers,
         evaluators=[row.id for row in rows],
+        labels={row.id: row.labels for row in rows},
     )
+
+
+def left_out(store: Store, plan: Plan, now: float, fresh: float) -> dict[str, str]:
+    """Return which devices the plan's rule leaves out at ``now`` (Unix seconds), and why.
+
+    What a device told more than ``fresh`` seconds ago is not known.
+    """
+    rule = plan.cohort.rule
+    if rule is None:
+        return {}
+    with store.read() as connection:
+        known = device_facts.of_fleet(
+            connection, plan.model, cohort_rule.named(rule), now=now, fresh=fresh
+        )
+    return cohort_rule.left_out(rule, known)
 
 
 def await_nodes(store: Store, plan: Plan, clock: Clock) -> None:
@@ -200,16 +230,22 @@ def _plan(connection: Connection, run: str) -> Plan:
 
 def _settle(
     store: Store,
-    run: str,
+    folder: Path,
     claim: Claim,
     state: Literal["gated", "rejected", "failed"],
     reason: str,
     now: float,
 ) -> None:
-    """Write how a run ended, unless it was cancelled or taken up by another process meanwhile."""
+    """Write how a run ended, unless it was cancelled or taken up by another process meanwhile.
+
+    ``folder`` is the run's, and has its name; its record goes there, and the record's digest into
+    the audit log.
+    """
+    run = folder.name
     with store.begin() as connection:
         changed = connection.execute(
             update(runs).where(claim.mine).values(state=state, reason=reason, ended_at=now)
         )
         if changed.rowcount:
-            audit.record(connection, ACTOR, f"run.{state}", run, now, reason=reason)
+            digest = record.settle(connection, folder, run)
+            audit.record(connection, ACTOR, f"run.{state}", run, now, reason=reason, record=digest)

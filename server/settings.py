@@ -63,6 +63,8 @@ class Settings:
     superlink_ca: Path | None = None
     """PEM of the CA of that SuperLink; none: the hub's own."""
     superlink_port: int = 0
+    mlflow: str | None = None
+    """URL of an MLflow tracking server that is told of runs; with its credentials, if it asks."""
     certificate_days: float = 30.0
     """Life of a device certificate; renewal begins at two thirds of it."""
     offline_seconds: float = 90.0

@@ -53,7 +53,11 @@ def _questions() -> dict[Subject, Sequence[Executable]]:
         ),
         "runs": (
             select(runs.id, runs.state, runs.stage, runs.ended_at),  # few rows, changed in place
-            select(largest(schema.rounds.c.started_at), func.count(schema.rounds.c.run)),
+            select(
+                largest(schema.rounds.c.started_at),
+                func.count(schema.rounds.c.run),
+                func.count(schema.rounds.c.accuracy),
+            ),
             select(largest(schema.ledger.c.id)),
         ),
         "models": (

@@ -23,6 +23,13 @@ def put_json(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def put_bytes(data: bytes) -> None:
+    """Print a file as it is."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
 def put_table(columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> None:
     """Print a table, or the sentence ``empty`` when there are no rows."""
     if not rows:

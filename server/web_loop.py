@@ -17,7 +17,7 @@ class Facts:
     run: Row | None
     """The newest run that is not merely proposed, as :func:`atoll.server.web_runs.run_row`."""
     rounds: int
-    """Rounds it has completed."""
+    """Rounds of its plan that are over."""
     release: Row | None
     rollout: Row | None
     devices: Sequence[Row]

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, select
 
-from atoll.federation.errors import BadPlan
-from atoll.federation.plan import Plan, loads
 from atoll.server import schema
 from atoll.server.errors import NotFound
+from atoll.server.model_card import MEASURES
+from atoll.server.progress import Standing, asked, latest, plan_of, standing, time_left
 from atoll.server.web_charts import plot
 from atoll.server.web_read import first, rows
 
@@ -29,13 +29,17 @@ STAGES: Final = (
 def run_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run with what its plan and metrics say spelt out."""
     metrics: Mapping[str, Any] = row["metrics"] or {}
-    plan = _plan(row["plan"])
+    plan = plan_of(row["plan"])
     accuracy = accuracy_table(metrics)
     return dict(row) | {
         "parsed": plan,
         "rounds": plan.rounds if plan else 0,
         "gates": _gates(metrics.get("gates")),
         "accuracy": accuracy,
+        "spread": metrics.get("spread") or {},
+        "spread_left_out": metrics.get("spread_left_out") or {},
+        "fairness": metrics.get("fairness"),
+        "cohort": metrics.get("cohort"),
         "best": {split: by.get("int8", by.get("float")) for split, by in accuracy.items()},
         "seconds": row["ended_at"] - row["started_at"]
         if row["ended_at"] is not None and row["started_at"] is not None
@@ -44,13 +48,11 @@ def run_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def runs(connection: Connection) -> dict[str, Any]:
-    """Return the runs, newest first, with how many rounds each has completed."""
+    """Return the runs, newest first, with where the rounds of each stand."""
     query = select(schema.runs).order_by(schema.runs.c.created_at.desc()).limit(LIMIT)
-    counted = select(schema.rounds.c.run, func.count().label("n")).group_by(schema.rounds.c.run)
-    done = {row["run"]: row["n"] for row in rows(connection, counted)}
-    found = [
-        run_row(row) | {"rounds_done": done.get(row["id"], 0)} for row in rows(connection, query)
-    ]
+    found = [run_row(row) for row in rows(connection, query)]
+    counts = standings(connection, found)
+    found = [row | {"standing": counts[row["id"]]} for row in found]
     return {
         "proposed": [row for row in found if row["state"] == "proposed"],
         "rows": [row for row in found if row["state"] != "proposed"],
@@ -65,8 +67,56 @@ def run(connection: Connection, run_id: str) -> dict[str, Any]:
         raise NotFound(f"there is no run {run_id!r}", "look at the list of runs for its id")
     row = run_row(found)
     r = schema.rounds.c
-    rounds = rows(connection, select(schema.rounds).where(r.run == run_id).order_by(r.round))
-    return {"row": row, "rounds": rounds, "plots": round_plots(rounds), "stages": stages(row)}
+    stored = rows(connection, select(schema.rounds).where(r.run == run_id).order_by(r.round))
+    rounds = [_shown(one) for one in stored]
+    return {
+        "row": row,
+        "rounds": rounds,
+        "plots": round_plots(rounds),
+        "stages": stages(row),
+        "progress": progress(row, rounds),
+        "measures": fairness_table(row["fairness"] or {}),
+    }
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a round with who was in it and asked; of one that is lost nothing is known."""
+    if row["lost"]:
+        unknown = ("answered", "asked", "bytes_up", "bytes_down", "seconds")
+        return dict(row) | dict.fromkeys(unknown)
+    return dict(row) | {"answered": len(row["survivors"]), "asked": asked(row)}
+
+
+def standings(connection: Connection, found: Sequence[Mapping[str, Any]]) -> dict[str, Standing]:
+    """Return where the rounds of each of the runs stand, by the run's id."""
+    r = schema.rounds.c
+    query = select(r.run, r.survivors, r.dropped, r.lost).where(
+        r.run.in_([row["id"] for row in found])
+    )
+    mine: dict[str, list[Mapping[str, Any]]] = {row["id"]: [] for row in found}
+    for one in rows(connection, query):
+        mine[one["run"]].append(one)
+    return {row["id"]: standing(row["parsed"], mine[row["id"]]) for row in found}
+
+
+def progress(row: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the run's page tells of its rounds so far; the newest values that are known."""
+    counted = [one for one in rounds if one["bytes_up"] is not None]
+    where = standing(row["parsed"], rounds)
+    heard = [one for one in rounds if not one["lost"]]
+    return {
+        "standing": where,
+        "training": row["state"] == "running" and row["stage"] in ("", "train"),
+        "loss": latest(rounds, "loss"),
+        "accuracy": latest(rounds, "accuracy"),
+        "epsilon": latest(rounds, "epsilon"),
+        "clip_norm": latest(rounds, "clip_norm"),
+        "answered": heard[-1]["answered"] if heard else None,
+        "asked": heard[-1]["asked"] if heard else None,
+        "up": sum(one["bytes_up"] for one in counted) if counted else None,
+        "down": sum(one["bytes_down"] for one in counted) if counted else None,
+        "left": time_left(rounds, where.to_come) if row["state"] == "running" else None,
+    }
 
 
 def stages(row: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -88,12 +138,12 @@ def stages(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def round_plots(rounds: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Return title and plot of loss, participation and ε by round; none without rounds."""
+    """Return title and plot of what is known by round; none without rounds."""
     if not rounds:
         return []
     x = [float(entry["round"]) for entry in rounds]
-    answered = [float(len(entry["survivors"])) for entry in rounds]
-    asked = [n + len(entry["dropped"]) for n, entry in zip(answered, rounds, strict=True)]
+    answered = [entry["answered"] for entry in rounds]
+    drawn = [entry["asked"] for entry in rounds]
     plots = [
         (
             "Training loss",
@@ -103,7 +153,7 @@ def round_plots(rounds: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
             "Devices that took part",
             plot(
                 x,
-                {"answered": answered, "asked": asked},
+                {"answered": answered, "asked": drawn},
                 x_label="round",
                 from_zero=True,
                 whole=True,
@@ -113,7 +163,25 @@ def round_plots(rounds: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     spent = [entry["epsilon"] for entry in rounds]
     if any(value is not None for value in spent):
         plots.append(("ε spent", plot(x, {"ε": spent}, x_label="round", from_zero=True)))
+    measured = [entry for entry in rounds if entry["accuracy"] is not None]
+    if measured:
+        points = [float(entry["round"]) for entry in measured]
+        found = {"share that is right": [entry["accuracy"] for entry in measured]}
+        plots.append(("Accuracy on held-back examples", plot(points, found, x_label="round")))
+    if any(entry["bytes_up"] is not None for entry in rounds):
+        sent = {
+            "from devices": [_mebibytes(entry["bytes_up"]) for entry in rounds],
+            "to devices": [_mebibytes(entry["bytes_down"]) for entry in rounds],
+        }
+        plots.append(("MiB sent", plot(x, sent, x_label="round", from_zero=True)))
+    norms = [entry["clip_norm"] for entry in rounds]
+    if len({norm for norm in norms if norm is not None}) > 1:
+        plots.append(("Clipping norm", plot(x, {"norm": norms}, x_label="round", from_zero=True)))
     return plots
+
+
+def _mebibytes(count: int | None) -> float | None:
+    return None if count is None else count / 2**20
 
 
 def accuracy_table(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -133,12 +201,13 @@ def accuracy_table(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return table
 
 
-def _plan(text: str) -> Plan | None:
-    """Return the plan, or none for one that this version cannot read any more."""
-    try:
-        return loads(text)
-    except BadPlan:
-        return None
+def fairness_table(found: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """Return each measure that could be told: its words, of the worst class, and the mean."""
+    return [
+        (words, found[name], found[f"{name}_mean"])
+        for name, words in MEASURES.items()
+        if name in found
+    ]
 
 
 def _gates(found: object) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from atoll.server import schema
 from atoll.server.web_devices import fleet_rows
 from atoll.server.web_loop import Facts, steps
 from atoll.server.web_read import first, rows
-from atoll.server.web_runs import run_row
+from atoll.server.web_runs import run_row, standings
 
 View = dict[str, Any]
 
@@ -40,12 +40,12 @@ def overview(connection: Connection, now: float, silent_after: float) -> View:
     recent = [run_row(row) for row in rows(connection, latest.limit(RECENT))]
     waiting = rows(connection, latest.where(state.in_(("proposed", "gated"))))
     trained = first(connection, latest.where(state != "proposed").limit(1))
-    done = select(func.count()).where(schema.rounds.c.run == (trained or {}).get("id"))
+    newest = run_row(trained) if trained else None
     release = _newest(connection, schema.releases, "published_at")
     rollout = _newest(connection, schema.rollouts, "created_at")
     facts = Facts(
-        run=run_row(trained) if trained else None,
-        rounds=connection.execute(done).scalar_one(),
+        run=newest,
+        rounds=standings(connection, [newest])[newest["id"]].done if newest else 0,
         release=release,
         rollout=rollout,
         devices=fleet,

@@ -14,9 +14,11 @@ seed, run name and cohort, up to the float32 additions of :mod:`atoll.federation
 draws, noise included, come from the seed, so a simulation can be replayed and protects nobody.
 
 Nothing is kept per device: memory depends on the model and on what is trained at once, never
-on how many devices there are.
+on how many devices there are. Control variates are the exception: one vector for each device that
+has taken part.
 """
 
+import dataclasses
 import math
 import time
 from collections import deque
@@ -26,12 +28,14 @@ from typing import Final, Literal, NamedTuple
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from torch import nn
 
-from atoll.federation import batched, local_update, parameters, release, rounds, training
+from atoll.federation import batched, control, local_update, parameters, release, rounds, training
 from atoll.federation.batched import Client
 from atoll.federation.checkpoints import Checkpoint
 from atoll.federation.cohort import draw
+from atoll.federation.control import Control
 from atoll.federation.conversation import Learned
 from atoll.federation.errors import BadPlan, RoundFailed, Unbatchable
 from atoll.federation.parameters import Vector
@@ -46,18 +50,24 @@ from atoll.privacy.ledger import Event, FixedSample, Gaussian, Ledger, MemorySto
 from atoll.privacy.sums import Integers
 from atoll.privacy.update import UpdateSpec
 from atoll.server.pipeline import event_of
-from atoll.simulations.populations import Population, Simulated
+from atoll.simulations.populations import Population, Simulated, evaluated_on
 
 RUN: Final = "simulation"
+HUB: Final = "hub"
+"""Whom the hub's draws are seeded for; no device has this name."""
 EVERY: Final = 10
-"""Rounds from one evaluation to the next; the last round is always followed by one."""
+"""Rounds from one evaluation to the next, unless the plan says; the last is followed by one."""
 EVALUATORS: Final = 50
 """Devices on whose held-back examples weights are evaluated."""
+NO_CONTROL: Final = np.zeros(0, np.float32)
 BLOCK: Final = 4096
 """Devices for which a Poisson draw tosses its coins at once."""
 
 _HEEDED: Final = {
-    Plan: {"name", "task", "model", "rounds", "seed", "training", "cohort", "privacy"},
+    Plan: {
+        *("name", "task", "model", "rounds", "evaluate_every", "seed"),
+        *("training", "cohort", "privacy", "gates"),
+    },
     Cohort: {"labels", "min_devices", "round_timeout", "sampling_rate"},
     Privacy: {
         *("mode", "clip_norm", "bits", "noise_multiplier", "noise", "colluders", "clip"),
@@ -115,7 +125,14 @@ def trainer_of(task: Task, plan: Plan) -> Trainer:
 
     def alone(weights: Vector, clients: Iterable[Client]) -> Iterator[Trained]:
         for client in clients:
-            yield training.train(model, weights, client.examples, settings, client.seed)
+            yield training.train(
+                model,
+                weights,
+                client.examples,
+                settings,
+                client.seed,
+                correction=client.correction,
+            )
 
     if not batched.worthwhile(model, task.input_shape, settings, batched.default_device()):
         return Trainer(alone, "one by one", "on a CPU that is faster for a network of this size")
@@ -136,6 +153,9 @@ def run(
     *,
     name: str = RUN,
     every: int = EVERY,
+    start: Checkpoint | None = None,
+    carried: dict[int, Vector] | None = None,
+    keep: Callable[[Checkpoint, Round], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Ended:
     """Run the plan's rounds on ``simulated`` devices.
@@ -143,6 +163,9 @@ def run(
     ``name`` is the run's, from which devices' seeds come. A round's cohort is drawn as the plan
     says; ``cohort`` sets a fixed number of devices, each
     such set as likely, for a plan without a sampling rate. ``on_round`` hears of every round.
+    ``keep`` gets the state after each, from which another run of the same goes on as its
+    ``start`` and comes to the same end; ``carried`` is what devices carry by then, changed in
+    place (:mod:`atoll.simulations.resumable`).
 
     Raises :class:`BadPlan` for what cannot be simulated,
     :class:`atoll.privacy.errors.BadParameters` for a plan that cannot be private or decoded,
@@ -152,12 +175,16 @@ def run(
     model = task.model(plan.seed)
     initial = parameters.flatten(model)
     check(plan, population.size, cohort, len(initial))
-    devices = _Devices(plan, population, cohort, trainer_of(task, plan), name)
+    trainer, trained = trainer_of(task, plan), parameters.mask(model)
+    own = {} if carried is None else carried
+    devices = _Devices(plan, population, cohort, trainer, name, trained, own)
     ledger = Ledger(MemoryStore(), plan.model, plan.privacy.budget_epsilon, plan.privacy.delta)
-    event, entropy = cost(plan, population.size, cohort), Keystream.replayable(plan.seed)
-    state, failures = Checkpoint.fresh(name, initial), 0
+    event = cost(plan, population.size, cohort)
+    state, failures = start or Checkpoint.fresh(name, initial), 0
+    for past in range(1, state.ended + 1):
+        ledger.charge(f"{name}/{past}", event)
     ended: Literal["complete", "budget"] = "complete"
-    for number in range(1, plan.rounds + 1):
+    for number in range(state.ended + 1, plan.rounds + 1):
         began = clock()
         try:
             spent = ledger.charge(f"{name}/{number}", event).epsilon_pld
@@ -165,28 +192,32 @@ def run(
             ended = "budget"
             break
         state = replace(state, begun=number)
+        # Each round has a stream of its own, so that no round needs those before it drawn again.
+        entropy = Keystream.replayable(training.local_seed(plan.seed, name, number, HUB))
         clip_norm = state.clip_norm or plan.privacy.clip_norm
         drawn = devices.drawn(entropy)
-        heard = devices.learn(number, state.weights, clip_norm, drawn, entropy)
+        heard = devices.learn(number, state.weights, clip_norm, drawn, entropy, state.control)
         if heard.learned is not None:
             failures = 0
             state = rounds.stepped(state, heard.learned, plan)
         elif len(drawn) >= plan.cohort.min_devices:
             failures += 1
         seconds = clock() - began
-        looked = number % every == 0 and number < plan.rounds
-        on_round(
-            Round(
-                round=number,
-                seconds=seconds,
-                drawn=len(drawn),
-                survivors=heard.survivors,
-                loss=heard.loss,
-                epsilon=spent if math.isfinite(spent) else None,
-                clip_norm=clip_norm,
-                accuracy=accuracy(model, state.result, population) if looked else None,
-            )
+        looked = number % (plan.evaluate_every or every) == 0 and number < plan.rounds
+        done = Round(
+            round=number,
+            seconds=seconds,
+            drawn=len(drawn),
+            survivors=heard.survivors,
+            loss=heard.loss,
+            epsilon=spent if math.isfinite(spent) else None,
+            clip_norm=clip_norm,
+            accuracy=accuracy(model, state.result, population) if looked else None,
         )
+        state = replace(state, ended=number)
+        if keep:
+            keep(state, done)
+        on_round(done)
         if failures == rounds.PATIENCE:
             raise RoundFailed(
                 f"{failures} rounds in a row were thrown away: the updates of too many devices "
@@ -210,10 +241,16 @@ def check(plan: Plan, size: int, cohort: int | None, length: int) -> None:
     for part in (plan, plan.cohort, plan.privacy):
         known = _HEEDED[type(part)]
         for field in msgspec.structs.fields(part):
-            if field.name not in known and getattr(part, field.name) != field.default:
+            made = field.default_factory
+            usual = field.default if made is msgspec.NODEFAULT else made()
+            if field.name not in known and getattr(part, field.name) != usual:
                 raise BadPlan(
                     f"{field.name} cannot be simulated; leave it out, or run the plan on devices"
                 )
+    if plan.training.deadline is not None:
+        raise BadPlan(
+            "simulated devices take no time that a deadline could end; leave training.deadline out"
+        )
     if cohort is not None and plan.cohort.sampling_rate is not None:
         raise BadPlan(
             "the plan draws its cohorts by cohort.sampling_rate; leave a fixed size of the "
@@ -225,7 +262,7 @@ def check(plan: Plan, size: int, cohort: int | None, length: int) -> None:
             f"({plan.cohort.min_devices}) and at most the {size} devices there are"
         )
     spec = release.update_spec(plan, plan.privacy.clip_norm)
-    modes.check(plan.privacy.mode, spec, length, cohort or size)
+    modes.check(plan.privacy.mode, spec, release.values(plan, length), cohort or size)
     in_the_clear = msgspec.structs.replace(plan.privacy, mode="plain")
     release.check_population(msgspec.structs.replace(plan, privacy=in_the_clear), size)
 
@@ -244,11 +281,13 @@ def cost(plan: Plan, size: int, cohort: int | None) -> Event:
 
 
 def accuracy(model: nn.Module, weights: Vector, population: Population) -> float:
-    """Return the share of examples held back by :data:`EVALUATORS` devices that is right."""
+    """Return the share that is right of what :data:`EVALUATORS` devices held back.
+
+    Where a population comes with a test set, of that.
+    """
     rows = correct = 0
-    for place in range(min(EVALUATORS, population.size)):
-        device = place * population.size // min(EVALUATORS, population.size)
-        done = training.evaluate(model, weights, population.examples(device, "test"))
+    for held_back in evaluated_on(population, EVALUATORS):
+        done = training.evaluate(model, weights, held_back)
         rows, correct = rows + done.rows, correct + done.correct
     return correct / rows
 
@@ -291,6 +330,12 @@ class _Devices:
     cohort: int | None
     trainer: Trainer
     run: str
+    trained: npt.NDArray[np.bool_] = dataclasses.field(
+        default_factory=lambda: np.ones((), np.bool_)
+    )
+    """Which weights have gradients, ``(n,)``."""
+    own: dict[int, Vector] = dataclasses.field(default_factory=dict)
+    """The control variates of those that have taken part, where the plan has any."""
 
     def drawn(self, entropy: Keystream) -> Sequence[int]:
         """Return a round's cohort."""
@@ -306,32 +351,53 @@ class _Devices:
         clip_norm: float,
         drawn: Sequence[int],
         entropy: Keystream,
+        shared: Vector = NO_CONTROL,
     ) -> _Heard:
-        """Return what the sum over ``drawn`` says; nothing when too few are in it."""
+        """Return what the sum over ``drawn`` says; nothing when too few are in it.
+
+        ``shared`` is the hub's control variate, empty while there is none.
+        """
         plan, riders = self.plan, Riders.of(self.plan)
         if len(drawn) < plan.cohort.min_devices:
             return _NOTHING
         spec = release.update_spec(plan, clip_norm)
-        total: Integers = np.zeros(len(weights) + spec.riders, dtype=np.int64)
-        losses = []
-        for trained, client in self._trained(number, weights, drawn):
+        values = release.values(plan, len(weights))
+        total: Integers = np.zeros(values + spec.riders, dtype=np.int64)
+        losses, following = [], {}
+        for trained, client in self._trained(number, weights, drawn, shared):
+            change, mine = trained.weights - weights, client.control
+            reach = control.reach(trained.steps, plan.training)
+            sent = mine.sent(change, reach, self.trained) if mine else change
             try:
-                total += _term(trained, client, weights, spec, plan)
+                total += _term(sent, trained.steps, client, spec, plan)
             except BadUpdate:
                 continue
             losses.append(trained.loss)
+            if mine:
+                following[client.device] = mine.following(update.clipped(sent, spec))
         if len(losses) < plan.cohort.min_devices:
             return _NOTHING
         sums = update.decode(update.release(total, spec, entropy), spec)
         size = self.population.size
         devices = self.cohort or release.devices(plan, size, size, len(losses))
-        learned = Learned(
-            riders.mean(sums, spec, devices), riders.next_clip_norm(plan, clip_norm, sums, devices)
+        mean, shared = control.following(
+            plan, riders.mean(sums, spec, devices), shared, devices / size
         )
+        learned = Learned(mean, riders.next_clip_norm(plan, clip_norm, sums, devices), shared)
+        self.own.update(following)
         return _Heard(learned, len(losses), float(np.mean(losses)))
 
+    def _control(self, device: int, weights: Vector, shared: Vector) -> Control | None:
+        """Return a device's control variates, if the plan has any."""
+        scale = control.scale(self.plan.training)
+        if not scale:
+            return None
+        own = self.own.get(device, np.zeros_like(weights))
+        shared = shared if len(shared) else np.zeros_like(weights)
+        return Control(own, shared, scale, control.retained(self.plan))
+
     def _trained(
-        self, number: int, weights: Vector, drawn: Sequence[int]
+        self, number: int, weights: Vector, drawn: Sequence[int], shared: Vector
     ) -> Iterator[tuple[Trained, "_Told"]]:
         """Yield what each device trained, and who it is; examples are made as they are needed."""
         told: deque[_Told] = deque()
@@ -339,8 +405,10 @@ class _Devices:
         def clients() -> Iterator[Client]:
             for device in drawn:
                 seed = training.local_seed(self.plan.seed, self.run, number, name_of(device))
-                client = Client(self.population.examples(device, "train"), seed)
-                told.append(_Told(len(client.examples.y), seed))
+                mine = self._control(device, weights, shared)
+                correction = mine.correction if mine else None
+                client = Client(self.population.examples(device, "train"), seed, correction)
+                told.append(_Told(device, len(client.examples.y), seed, mine))
                 yield client
 
         for trained in self.trainer.train(weights, clients()):
@@ -350,8 +418,10 @@ class _Devices:
 class _Told(NamedTuple):
     """What encoding an update asks of its device."""
 
+    device: int
     rows: int
     seed: int
+    control: Control | None
 
 
 def name_of(device: int) -> str:
@@ -359,13 +429,15 @@ def name_of(device: int) -> str:
     return f"device-{device}"
 
 
-def _term(trained: Trained, told: _Told, weights: Vector, spec: UpdateSpec, plan: Plan) -> Integers:
+def _term(
+    sent: Vector | npt.NDArray[np.float64], steps: int, told: _Told, spec: UpdateSpec, plan: Plan
+) -> Integers:
     """Return a device's term."""
     how = plan.training
     return local_update.encoded(
-        trained.weights - weights,
+        sent,
         told.rows,
-        training.local_steps(told.rows, how),
+        steps,
         how,
         Riders.of(plan),
         spec,

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atoll.federation.errors import DataMissing
-from atoll.federation.task import Examples, Split
+from atoll.federation.task import Examples, Groups, Split
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,10 +81,10 @@ def block(samples: int, split: Split) -> tuple[int, int]:
     return (0, cut) if split == "train" else (cut + GAP, samples)
 
 
-def _windows(
-    signal: npt.NDArray[np.float32], split: Split, step: int
+def windows(
+    signal: npt.NDArray[np.float32], begin: int, end: int, step: int
 ) -> Iterator[npt.NDArray[np.float32]]:
-    begin, end = block(len(signal), split)
+    """Yield the windows, ``(6, WINDOW)``, that lie in ``[begin, end)`` of ``(samples, 6)``."""
     for start in range(begin, end - WINDOW + 1, step):
         yield signal[start : start + WINDOW].T
 
@@ -105,6 +105,9 @@ class Spar:
         "row",
     )
 
+    groups: tuple[str, ...] = ("left", "right")
+    """The arm that wears the watch: seglearn's ``side``, 0 and 1."""
+
     def model(self, seed: int) -> "nn.Module":
         """Return the network of :mod:`atoll.simulations.spar_net`, initialised from ``seed``."""
         from atoll.simulations.spar_net import build
@@ -117,27 +120,36 @@ class Spar:
         A recording's first 70 % is for training and its end for testing, a second apart, so
         no test window shares a sample with a training window.
         """
-        return self._cut(data, split, TRAIN_STEP if split == "train" else TEST_STEP)
+        return self._cut(data, split, TRAIN_STEP if split == "train" else TEST_STEP)[0]
+
+    def group_of(self, data: Path, split: Split) -> Groups:
+        """Return on which arm each window was recorded."""
+        return self._cut(data, split, TRAIN_STEP if split == "train" else TEST_STEP)[1]
 
     def held_back(self, data: Path, step: int) -> Examples:
         """Cut the test windows at another ``step`` (samples), as a wearer's live traffic."""
-        return self._cut(data, "test", step)
+        return self._cut(data, "test", step)[0]
 
-    def _cut(self, data: Path, split: Split, step: int) -> Examples:
+    def _cut(self, data: Path, split: Split, step: int) -> tuple[Examples, Groups]:
         path = data / FILE
         try:
             with np.load(path, allow_pickle=False) as held:
                 signal, starts, label = held["signal"], held["starts"], held["label"]
+                side = held["side"]
         except FileNotFoundError:
             raise DataMissing(f"no recordings at {path}; put the person's {FILE} there") from None
         except (OSError, ValueError, KeyError) as error:
             raise DataMissing(f"{path} cannot be read as recordings: {error}") from error
         x: list[npt.NDArray[np.float32]] = []
         y: list[int] = []
+        arms: list[int] = []
         for i, exercise in enumerate(label):
-            cut = list(_windows(signal[starts[i] : starts[i + 1]], split, step))
+            whole = signal[starts[i] : starts[i + 1]]
+            cut = list(windows(whole, *block(len(whole), split), step))
             x += cut
             y += [int(exercise)] * len(cut)
+            arms += [int(side[i])] * len(cut)
         if not x:
             raise DataMissing(f"{path} holds no recording of four seconds or more")
-        return Examples(np.stack(x).astype(np.float32), np.asarray(y, dtype=np.int64))
+        examples = Examples(np.stack(x).astype(np.float32), np.asarray(y, dtype=np.int64))
+        return examples, np.asarray(arms, dtype=np.int64)

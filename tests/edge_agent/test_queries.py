@@ -98,3 +98,25 @@ def test_nonsense_is_refused():
             handler(b"nonsense")
     with pytest.raises(BadModel):
         ask(queries.EVALUATE_ONNX, queries.EvaluateOnnx(model=b"nonsense", split="test"))
+
+
+def test_evaluation_counts_by_group_where_so_many_are_asked_for():
+    group = np.random.default_rng(3).integers(-1, 2, 40)
+    rows = TEST._replace(group=group, groups=2)
+    question = queries.EvaluateOnnx(model=bench.onnx_model(1), split="test", groups=2)
+    found = ask(queries.EVALUATE_ONNX, question, rows)
+    predicted = bench.logits(TEST.x, 1).argmax(axis=1)
+    expected = np.zeros((2, 3, 3), int)
+    for where, truth, guess in zip(group, TEST.y, predicted, strict=True):
+        if where >= 0:
+            expected[where][truth][guess] += 1
+    assert found.by_group == expected.tolist()
+    assert found.rows == 40
+
+
+@pytest.mark.parametrize("groups", [0, 1, 3])
+def test_no_group_is_counted_that_was_not_asked_for_or_means_another(groups):
+    rows = TEST._replace(group=np.zeros(40, np.int64), groups=2)
+    question = queries.EvaluateOnnx(model=bench.onnx_model(1), split="test", groups=groups)
+    assert ask(queries.EVALUATE_ONNX, question, rows).by_group == []
+    assert ask(queries.EVALUATE_ONNX, question, TEST).by_group == []

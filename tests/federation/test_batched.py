@@ -94,6 +94,32 @@ def test_any_sizes_and_batches_agree(rows, batch, epochs, momentum) -> None:
     )
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=some.lists(some.tuples(some.integers(1, 12), some.booleans()), min_size=1, max_size=5),
+    momentum=some.sampled_from([0.0, 0.5]),
+)
+def test_each_clients_gradients_are_corrected_by_its_own(rows, momentum) -> None:
+    def build() -> nn.Module:
+        net = mlp()
+        net[3].bias.requires_grad = False
+        return net
+
+    weights, rng = parameters.flatten(build()), np.random.default_rng(3)
+    clients = [
+        client(count, seed)._replace(
+            correction=rng.normal(size=len(weights)).astype(np.float32) if corrected else None
+        )
+        for seed, (count, corrected) in enumerate(rows)
+    ]
+    asked = how(momentum=momentum)
+    one_by_one = [
+        training.train(build(), weights, one.examples, asked, one.seed, correction=one.correction)
+        for one in clients
+    ]
+    agree(list(batched.train(build(), weights, clients, asked)), one_by_one)
+
+
 def test_what_is_frozen_and_what_is_constant_stays() -> None:
     def build() -> nn.Module:
         net = mlp()

@@ -191,6 +191,10 @@ def add_device(hub: HubContext, name: str, number: int, *, release: int | None =
                     "bytes_down": 800,
                     "latency_p50": 0.42,
                     "latency_p95": 0.91,
+                    "power": "battery" if number == 5 else "mains",
+                    "network": "wifi",
+                    "accelerator": "none",
+                    "examples": 512,
                 },
             )
         )
@@ -278,6 +282,14 @@ def add_rounds(connection, run: str, numbers: range, begun: float) -> None:
                 dropped=late,
                 loss=0.12 + 1.7 * 0.72**n,
                 epsilon=4.1 * n**0.62 + 1.2,
+                bytes_up=3_400_000 - 425_000 * len(late),
+                bytes_down=3_500_000 + (560_000 if n % 3 == 0 else 0),
+                clip_norm=1.0,
+                drawn=8,
+                connected=8 - len(late),
+                accuracy=0.97 - 0.5 * 0.7**n if n % 3 == 0 else None,
+                evaluated=640 if n % 3 == 0 else 0,
+                evaluate_seconds=0.8 if n % 3 == 0 else 0.0,
             )
         )
         connection.execute(
@@ -305,7 +317,33 @@ METRICS = {
         {"name": "privacy budget", "rule": "privacy.epsilon <= 60.0", "passed": True, "detail": ""},
     ],
     "privacy": {"epsilon": 20.3, "delta": 1e-5},
-}
+    "spread": {
+        name: {
+            "devices": devices, "rows": 130 * devices, "accuracy": mean + 0.001, "mean": mean,
+            "std": 0.021, "worst": mean - 0.06, "worst_tenth": mean - 0.06, "best": 0.995,
+        }
+        for name, devices, mean in [("all", 10, 0.946), ("known", 8, 0.969), ("hand=left", 6, 0.94)]
+    },
+    "spread_left_out": {"unseen": "2 devices, fewer than cohort.min_devices = 3"},
+    "fairness": {
+        "devices": 10,
+        "groups": {
+            "left": {"devices": 10, "rows": 660, "accuracy": 0.951},
+            "right": {"devices": 10, "rows": 640, "accuracy": 0.938},
+        },
+        "left_out": {"both": "on 1 of 10 devices; cohort.min_devices is 3"},
+        "compared": 6,
+        "by_class": {name: {} for name in CLASSES},
+        "equalised_odds": 0.081, "equalised_odds_mean": 0.032,
+        "equal_opportunity": 0.081, "equal_opportunity_mean": 0.03,
+        "demographic_parity": 0.02, "demographic_parity_mean": 0.01,
+        "demographic_parity_ratio": 0.89, "demographic_parity_ratio_mean": 0.95,
+    },
+    "cohort": {
+        "rule": 'device.power == "mains"', "trainers": 8, "eligible": 7,
+        "left_out": {"watch-05": 'device.power = "battery"'},
+    },
+}  # fmt: skip
 
 
 def add_release(hub: HubContext, reference: Profile) -> None:

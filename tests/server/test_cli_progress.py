@@ -1,10 +1,20 @@
 """Following a run."""
 
+import io
 import itertools
+import re
 
 import pytest
 
-from atoll.server.cli_progress import PATIENCE, describe, follow, lines, outcome, time_left
+from atoll.server.cli_progress import (
+    PATIENCE,
+    RunProgress,
+    describe,
+    follow,
+    lines,
+    outcome,
+    standing_of,
+)
 from atoll.server.client import NoHub
 
 PLAN = 'name = "n"\ntask = "t"\nmodel = "m"\nrounds = 3\n'
@@ -20,6 +30,7 @@ def a_run(state="running", done=0, stage="train", reason="", **more):
             "loss": 1.0 / number,
             "epsilon": 10.0 * number,
         }
+        | {"bytes_up": None, "bytes_down": None, "drawn": 3, "lost": False, "accuracy": None}
         for number in range(1, done + 1)
     ]
     shared = {"state": state, "stage": stage, "reason": reason, "rounds": rounds, "plan": PLAN}
@@ -33,18 +44,64 @@ def test_each_change_is_a_line_and_no_change_is_none():
     assert told == [
         ["approved"],
         ["running", "stage: train"],
-        ["round 1/3  loss 1.0000  ε 10  2 answered, 1 dropped  2.0 s"],
-        ["round 2/3  loss 0.5000  ε 20  2 answered, 1 dropped  2.0 s"],
+        ["round 1/3  loss 1.0000  ε 10  2 of 3 devices  2.0 s"],
+        ["round 2/3  loss 0.5000  ε 20  2 of 3 devices  2.0 s"],
         [],
-        ["gated", "round 3/3  loss 0.3333  ε 30  2 answered, 1 dropped  2.0 s", "stage: gate"],
+        ["gated", "round 3/3  loss 0.3333  ε 30  2 of 3 devices  2.0 s", "stage: gate"],
     ]
 
 
 def test_the_time_left_is_that_of_the_rounds_to_come():
-    assert time_left([], 3) is None
-    assert time_left(a_run(done=1)["rounds"], 3) == 4.0
-    assert "about 4 s of training left" in describe(a_run(done=1), 3)
-    assert "left" not in describe(a_run("gated", done=1), 3)
+    assert describe(a_run(done=1))[0] == "train  about 4 s of training left"
+    assert describe(a_run("gated", done=1))[0] == "gated"
+    assert describe(a_run()) == ("train", "")
+
+
+def test_a_round_says_what_it_moved_and_how_right_the_weights_are():
+    run = a_run(done=1)
+    run["rounds"][0] |= {"bytes_up": 3 * 2**20, "bytes_down": 1536, "accuracy": 0.875}
+    said = "loss 1.0000  accuracy 87.5%  ε 10  2 of 3 devices  3.0 MiB up, 1.5 KiB down  2.0 s"
+    assert lines(None, run)[1] == f"round 1/3  {said}"
+    assert describe(run) == ("train  about 4 s of training left", said)
+
+
+def test_the_last_known_accuracy_stays_in_sight():
+    run = a_run(done=2)
+    run["rounds"][0]["accuracy"] = 0.875
+    assert describe(run)[1].endswith("2 of 3 devices  2.0 s  accuracy 87.5% before")
+
+
+def test_a_terminal_is_shown_all_of_it_however_narrow(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    run = a_run(done=2)
+    run["rounds"][1] |= {"bytes_up": 3 * 2**20, "bytes_down": 1536, "accuracy": 0.875}
+    with RunProgress() as progress:
+        progress.show(run)
+    said = " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", " ", screen.getvalue()).split())
+    assert "2/3 rounds train about 2 s of training left" in said
+    assert "loss 0.5000 accuracy 87.5% ε 20 2 of 3 devices 3.0 MiB up, 1.5 KiB down 2.0 s" in said
+
+
+def test_an_accuracy_that_comes_after_its_round_is_a_line_of_its_own():
+    before, after = a_run(done=2), a_run(done=2)
+    after["rounds"][1]["accuracy"] = 0.5
+    assert lines(before, after) == ["round 2/3  accuracy 50.0%"]
+    assert lines(after, after) == []
+
+
+def test_a_lost_round_and_the_one_that_makes_up_for_it_are_one_of_those_planned():
+    run = a_run("gated", done=4)
+    run["rounds"][1] |= {"survivors": [], "lost": True, "loss": None, "seconds": 0.0}
+    assert str(standing_of(run)) == "3 of 3 rounds, 1 lost"
+    told = lines(None, run)
+    assert [line.split("  ")[0] for line in told[1:5]] == [
+        *("round 1/3", "round 2/3", "round 2/3", "round 3/3")
+    ]
+    assert told[2] == "round 2/3  lost: it broke off"
 
 
 def test_a_plan_of_a_newer_version_is_shown_all_the_same():

@@ -14,7 +14,7 @@ from waves import Fleet, Waves, plan_of
 
 from atoll.edge_agent.onnx import Onnx  # after the path
 from atoll.federation.errors import BadPlan, RoundFailed
-from atoll.federation.plan import Aggregation
+from atoll.federation.plan import Aggregation, Asynchrony
 from atoll.fleet import bundle as bundles
 from atoll.fleet import profile as profiles
 from atoll.fleet import queries
@@ -260,6 +260,18 @@ def _lies(name, **changes):
         return queries.encode(kind(**changes))
 
     return {name: answer}
+
+
+def test_a_plan_with_a_buffer_runs_without_rounds(tmp_path):
+    store, recorder = MemoryStore(), MemoryRecorder()
+    plan = plan_of(noise=0.01)
+    central = msgspec.structs.replace(plan.privacy, noise="central")
+    plan = msgspec.structs.replace(plan, privacy=central, asynchrony=Asynchrony(2, 3))
+    result = Fleet(tmp_path).run(plan, recorder, store)
+    assert result.facts["rounds"]["trained"] == 4
+    assert [len(report.survivors) for report in recorder.rounds] == [2, 2, 2, 2]
+    assert [name for name, _ in store.events("waves")] == [f"run1/{n}" for n in (1, 2, 3, 4)]
+    assert result.facts["accuracy"]["known"]["float"] > 0.9
 
 
 ODD = [

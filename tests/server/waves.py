@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from atoll.edge_agent.queries import Rows, handlers
+from atoll.edge_agent.queries import handlers
+from atoll.edge_agent.trainer import examples
 from atoll.federation import client_app
 from atoll.federation import plan as plans
 from atoll.federation.checkpoints import Checkpoints
@@ -97,6 +98,8 @@ class Fleet:
     unseen: int = 1
     altered: dict[str, Callable[[bytes], bytes]] = field(default_factory=dict)
     """Query handlers that ``device-1`` and ``device-2`` have instead of the sound ones."""
+    task: Waves = field(default_factory=Waves)
+    labels: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         now = datetime.now(UTC)
@@ -114,14 +117,14 @@ class Fleet:
                 mine.seal,
                 lambda pem: peer_of(pem, authority.cert_pem, datetime.now(UTC)),
             )
-            sound = handlers(lambda split, data=data: Rows(*Waves().load(data, split)))
+            sound = handlers(examples(self.task, data))
             answers = dict(sound) | (self.altered if number <= 2 else {})
             apps[number] = client_app.build(
-                Waves(), data, lambda mode, me=me: party_session(mode, me), answers
+                self.task, data, lambda mode, me=me: party_session(mode, me), answers
             )
         names = list(members)
         self.grid = InProcessGrid(apps)
-        self.cohort = Cohort(members, names[: self.count - self.unseen], names)
+        self.cohort = Cohort(members, names[: self.count - self.unseen], names, self.labels)
 
     def run(
         self,
@@ -133,7 +136,7 @@ class Fleet:
         checkpoints: Checkpoints | None = None,
     ) -> pipeline.Result:
         job = pipeline.Job(
-            self.grid, plan, self.cohort, Waves(), run, 1000.0, clock=self.grid.clock
+            self.grid, plan, self.cohort, self.task, run, 1000.0, clock=self.grid.clock
         )
         return pipeline.run(
             job,

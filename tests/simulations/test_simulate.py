@@ -108,8 +108,10 @@ def through_the_engine(plan, population, folder: Path):
             "training": {"weighting": "capped", "weight_cap": 50, "local_epochs": 2},
             "privacy": {"clip": "adaptive", "clip_quantile": 0.4},
         },
+        {"training": {"control_steps": 6}, "privacy": {"clip_norm": 5.0, "bits": 23}},
+        {"training": {"control_steps": 6, "weighting": "capped", "weight_cap": 50}},
     ],
-    ids=["fixed", "weights and clipping ride"],
+    ids=["fixed", "weights and clipping ride", "control variates", "clipped control variates"],
 )
 def test_without_noise_it_comes_out_as_over_real_client_apps(tmp_path, changes) -> None:
     plan = plan_of(**changes)
@@ -212,6 +214,24 @@ def test_the_budget_ends_a_run() -> None:
     assert (ended.ended, ended.rounds, len(heard)) == ("budget", 1, 1)
 
 
+def test_control_variates_are_kept_of_those_that_took_part() -> None:
+    plan = plan_of(training={"control_steps": 6}, privacy={"clip_norm": 5.0, "bits": 23})
+    task, population = named("digits", 50, plan.seed)
+    model = task.model(plan.seed)
+    weights, entropy = parameters.flatten(model), Keystream.replayable(1)
+    trainer, trained = simulate.trainer_of(task, plan), parameters.mask(model)
+    devices = simulate._Devices(plan, population, None, trainer, "run", trained)
+    shared = np.zeros(0, np.float32)
+    for number, drawn in enumerate([[3, 8, 20], [8, 41]], start=1):
+        heard = devices.learn(number, weights, 5.0, drawn, entropy, shared)
+        shared = heard.learned.control
+    assert sorted(devices.own) == [3, 8, 20, 41]
+    assert shared == pytest.approx(sum(devices.own.values()) / 50, abs=1e-4)
+    alone = devices.learn(3, weights, 5.0, [5], entropy, shared)
+    assert alone.learned is None
+    assert 5 not in devices.own
+
+
 class Broken:
     """Devices whose updates are no numbers."""
 
@@ -275,7 +295,7 @@ def test_a_round_takes_as_much_memory_whatever_the_population(rate) -> None:
         plan = plan_of(cohort={"sampling_rate": share, "min_devices": 2})
         trainer = simulate.Trainer(
             lambda weights, clients: (
-                simulate.Trained(weights + len(one.examples.y) * 1e-6, 0.0) for one in clients
+                simulate.Trained(weights + len(one.examples.y) * 1e-6, 0.0, 1) for one in clients
             ),
             "batched",
         )
@@ -343,7 +363,7 @@ def test_alpha_says_how_much_devices_differ() -> None:
 
 
 def test_a_task_without_data_is_refused_by_name() -> None:
-    with pytest.raises(BadPlan, match="digits, spar"):
+    with pytest.raises(BadPlan, match="digits, fashion-mnist, spar"):
         named("nothing", 3, 0)
 
 

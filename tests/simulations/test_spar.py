@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from atoll.federation import example_privacy, parameters, training
 from atoll.federation import plan as plans
 from atoll.federation.errors import DataMissing
-from atoll.federation.task import Task, find
+from atoll.federation.task import Task, find, groups_of
 from atoll.privacy.keystream import Keystream
 from atoll.simulations import spar, spar_net
 from atoll.simulations.reference import PLAN
@@ -62,6 +62,18 @@ def test_windows_are_cut_from_the_recordings_as_they_are(people):
     at = (len(last) - spar.WINDOW) // spar.TEST_STEP * spar.TEST_STEP
     np.testing.assert_array_equal(test.x[-1], last[at : at + spar.WINDOW].T)
     assert set(train.y) == set(test.y) == set(range(7))
+
+
+def test_a_window_belongs_to_the_arm_of_its_recording(people):
+    with np.load(people[3] / spar.FILE) as held:
+        starts, side = held["starts"], held["side"]
+    begin_end = [spar.block(int(samples), "test") for samples in np.diff(starts)]
+    cut = [len(range(a, b - spar.WINDOW + 1, spar.TEST_STEP)) for a, b in begin_end]
+    rows = len(Spar().load(people[3], "test").y)
+    found = groups_of(Spar(), people[3], "test", rows)
+    np.testing.assert_array_equal(found, np.repeat(side, cut))
+    assert set(found) == {0, 1}
+    assert Spar.groups[0] == "left"
 
 
 def test_live_traffic_is_the_held_back_part_cut_finer(people):

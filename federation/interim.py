@@ -1,0 +1,52 @@
+"""Accuracy between rounds, for plans with ``evaluate_every``.
+
+The weights that the run would end with now go to the evaluators that are connected, as at the
+run's end (:mod:`atoll.federation.evaluation`). Nothing of it enters the sum, the next round or
+the ledger, and a question that too few answer soundly is no failure: the round has no accuracy
+then. It is off unless a plan asks for it, because it costs a message to each device, waits for
+the slowest one, and the counts in the answers are neither summed privately nor noised.
+"""
+
+import math
+from dataclasses import replace
+
+from atoll.federation.conversation import RoundReport, Setting
+from atoll.federation.evaluation import evaluate
+from atoll.federation.parameters import Vector
+from atoll.federation.plan import Plan
+
+
+def due(plan: Plan, trained: int) -> bool:
+    """Tell whether devices are to be asked once ``trained`` rounds are in the weights."""
+    return plan.evaluate_every is not None and trained % plan.evaluate_every == 0
+
+
+def measured(report: RoundReport, setting: Setting, weights: Vector) -> RoundReport:
+    """Return the report with the accuracy of ``weights``, float32 ``(n,)``, and what asking cost.
+
+    The accuracy is over the examples of all devices that answered, each example counting once.
+    """
+    connected = set(setting.grid.get_node_ids())
+    nodes = setting.cohort.nodes
+    there = [name for name in setting.cohort.evaluators if nodes[name] in connected]
+    began = setting.clock.now()
+    answers = evaluate(
+        setting.grid,
+        replace(setting.cohort, evaluators=there),
+        setting.plan.task,
+        weights,
+        setting.plan.cohort.round_timeout,
+        clock=setting.clock,
+    )
+    sound = [
+        one for one in answers.values() if 0 <= one.correct <= one.rows and math.isfinite(one.loss)
+    ]
+    rows = sum(one.rows for one in sound)
+    enough = rows > 0 and len(sound) >= setting.plan.cohort.min_devices
+    return replace(
+        report,
+        accuracy=sum(one.correct for one in sound) / rows if enough else None,
+        evaluated=rows if enough else 0,
+        evaluate_seconds=setting.clock.now() - began,
+        bytes_down=report.bytes_down + weights.nbytes * len(there),
+    )
