@@ -226,7 +226,10 @@ def test_an_update_that_diverged_where_it_is_not_sent_is_refused(bad: float) -> 
             "control variates",
         ),
         (
-            '[codec]\nkind = "random-mask"\nshare = 0.5\n[privacy]\nmode = "plain"\n[asynchrony]',
+            (
+                "asynchrony = { buffer = 4, concurrency = 4 }\n"
+                '[codec]\nkind = "random-mask"\nshare = 0.5\n[privacy]\nmode = "plain"'
+            ),
             "codec.kind is for rounds",
         ),
         ('[codec]\ndownlink = "float8"', "downlink"),
