@@ -81,15 +81,12 @@ def run_buffered(
     frozen: str = "",
     left_out: selection.LeftOut = selection.nobody,
 ) -> Outcome:
-    """Run the plan's steps; arguments and errors are those of ``rounds.run_rounds``.
-
-    Raises :class:`BadParameters` for a buffer that the trainers cannot fill as well.
-    """
+    """Run the plan's steps; arguments and errors are those of ``rounds.run_rounds``."""
     if plan.asynchrony is None:
         raise BadPlan("a plan without [asynchrony] runs in rounds")
     setting = Setting(grid, plan, cohort, run, clock, entropy or Keystream.fresh(), frozen)
     state = (checkpoints.load(run) if checkpoints else None) or Checkpoint.fresh(run, initial)
-    _check(plan, plan.asynchrony, cohort, len(initial))
+    _check(plan, cohort, len(initial))
     devices = _Devices(setting, session, plan.asynchrony)
     least, hoped, failures = plan.cohort.min_devices, len(cohort.trainers), 0
     if state.begun > state.ended:
@@ -141,16 +138,11 @@ def run_buffered(
     return Outcome(state.result, state.trained, "complete", state.turns)
 
 
-def _check(plan: Plan, asked: Asynchrony, cohort: Cohort, parameters: int) -> None:
+def _check(plan: Plan, cohort: Cohort, parameters: int) -> None:
     trainers = len(cohort.trainers)
     spec = release.update_spec(plan, plan.privacy.clip_norm)
     modes.check(plan.privacy.mode, spec, release.values(plan, parameters), trainers)
     release.check_population(plan, trainers)
-    if asked.buffer > trainers:
-        raise BadParameters(
-            f"asynchrony.buffer = {asked.buffer} is more than the {trainers} devices that train, "
-            "and each is in a buffer once: lower buffer"
-        )
 
 
 def _save(state: Checkpoint, checkpoints: Checkpoints | None) -> None:

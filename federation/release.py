@@ -106,6 +106,11 @@ def check_population(plan: Plan, trainers: int) -> None:
             f"privacy.delta = {delta:g} allows to give one of {trainers} devices away in full; "
             f"set it well below {1 / trainers:.1g}"
         )
+    if plan.asynchrony is not None and plan.asynchrony.buffer > trainers:
+        raise BadParameters(
+            f"asynchrony.buffer = {plan.asynchrony.buffer} is more than the {trainers} devices "
+            "that train, and each is in a buffer once: lower buffer"
+        )
     enough = plan.cohort.enough
     most = parties(plan, trainers)
     if plan.privacy.mode == "secagg" and enough is not None and 2 * enough <= most:

@@ -38,7 +38,7 @@ def to_bytes(values: Integers | None, length: int, bound: int) -> memoryview:
         for start in range(0, length, _STRETCH):
             part = values[start : start + _STRETCH]
             narrow[start : start + _STRETCH] = check(part, part.size, bound)
-    return memoryview(narrow.view(np.uint8))
+    return narrow.view(np.uint8).data
 
 
 def from_bytes(data: bytes, length: int, bound: int) -> Integers:

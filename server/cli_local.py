@@ -116,6 +116,11 @@ def _check(plan: Plan, devices: Sequence[Any]) -> None:
     from atoll.federation import release
     from atoll.privacy.errors import BadParameters
 
+    if plan.cohort.rule is not None:
+        raise Misuse(
+            "cohort.rule looks at what agents report to a hub, and without a hub nobody reports: "
+            "leave cohort.rule out"
+        )
     wanted = plan.cohort.labels.items()
     trainers = sum(wanted <= device.labels.items() for device in devices)
     if trainers < plan.cohort.min_devices:
