@@ -32,7 +32,7 @@ that did not count: the hub's weights have not moved by it, so the next change h
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -100,9 +100,9 @@ class Chosen(NamedTuple):
     No places are all of them.
     """
 
-    wanted: Floats
+    wanted: "npt.NDArray[np.floating[Any]]"
     places: Places | None
-    values: Floats
+    values: "npt.NDArray[np.floating[Any]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +118,14 @@ class Sketch:
     mask: Places | None = None
     residual: Vector | None = None
 
-    def chosen(self, change: npt.ArrayLike) -> Chosen:
+    def chosen(self, change: "npt.NDArray[np.floating[Any]]") -> Chosen:
         """Return what of ``change``, ``(n,)``, this round sends.
 
         Raises :class:`BadUpdate` for NaN and Inf, in what is not sent too: it would be kept.
         """
-        wanted = np.asarray(change, np.float64)
         if self.kind == "none" and self.residual is None:
-            return Chosen(wanted, None, wanted)
+            return Chosen(change, None, change)
+        wanted = change.astype(np.float64)
         if not np.isfinite(wanted).all():
             raise BadUpdate("the update holds NaN or Inf; the device's training diverged")
         if self.residual is not None:
@@ -153,7 +153,7 @@ class Sketch:
         if self.residual is None:
             return None
         said = clipped.values[: chosen.values.size] / (spec.scale * weight)
-        left = chosen.wanted.copy()
+        left = chosen.wanted.astype(np.float64)
         left[... if chosen.places is None else chosen.places] = (
             update.clipped(chosen.values, spec) - said
         )

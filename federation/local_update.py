@@ -171,6 +171,8 @@ def _sketch(
         raise BadMessage(f"a share of {work.codec_share} of an update cannot be sent")
     if work.codec == "top-k" and ask.mode != "plain":
         raise Refused(f"which coordinates are largest is not said in mode {ask.mode!r}")
+    if work.codec == "top-k" and work.noise_multiplier and work.noise == "distributed":
+        raise Refused("noise on the largest coordinates alone would not hide which they are")
     places = None
     if work.codec == "random-mask":
         places = codec.mask(length, work.codec_share, work.seed, ask.run, ask.round)

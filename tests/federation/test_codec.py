@@ -226,7 +226,10 @@ def test_an_update_that_diverged_where_it_is_not_sent_is_refused(bad: float) -> 
             "control variates",
         ),
         (
-            '[codec]\nkind = "random-mask"\nshare = 0.5\n[privacy]\nmode = "plain"\n[asynchrony]\nbuffer = 2',
+            (
+                "asynchrony = { buffer = 4, concurrency = 4 }\n"
+                '[codec]\nkind = "random-mask"\nshare = 0.5\n[privacy]\nmode = "plain"'
+            ),
             "codec.kind is for rounds",
         ),
         ('[codec]\ndownlink = "float8"', "downlink"),
@@ -282,6 +285,14 @@ def test_a_device_does_not_say_which_are_its_largest_where_terms_are_hidden(tmp_
     work, ask = asks(TOP, "secagg")
     with pytest.raises(Refused, match="largest"):
         local_update.make(Blobs(), data, work, ask, KeptHere())
+    noisy = msgspec.structs.replace(work, noise_multiplier=1.0)
+    with pytest.raises(Refused, match="would not hide"):
+        local_update.make(
+            Blobs(), data, noisy, msgspec.structs.replace(ask, mode="plain"), KeptHere()
+        )
+    bare = msgspec.structs.replace(noisy, noise="central")
+    term, _ = local_update.make(Blobs(), data, bare, ask, KeptHere())
+    assert np.count_nonzero(term) == codec.count(LENGTH, 0.1)
     for share in (0.0, 1.5, -1.0, math.nan):
         odd = msgspec.structs.replace(work, codec_share=share)
         with pytest.raises(BadMessage, match="share"):
