@@ -54,15 +54,17 @@ def make(
     model, examples, how = task.model(0), task.load(data, "train"), training_of(work)
     carried = Carried(kept, ask.run, CONTROL)
     mine = _control(work, carried.as_of(ask.counted, lambda: np.zeros_like(before)), before)
+    correction = mine.correction if mine else None
     if work.example_steps:
         # Imported here: it loads Opacus, for which a device without this mode does not pay.
         from atoll.federation import example_privacy
 
         protected, secret = _example_privacy(work), Keystream.fresh()
-        done = example_privacy.train(model, before, examples, how, protected, secret)
+        done = example_privacy.train(
+            model, before, examples, how, protected, secret, correction=correction
+        )
     else:
         ended = _ended(work.seconds, now)
-        correction = mine.correction if mine else None
         done = training.train(
             model, before, examples, how, seed, ended=ended, correction=correction
         )
