@@ -24,7 +24,7 @@ from typing import Final
 import msgspec
 
 import atoll.fleet.wire as wire
-from atoll.edge_agent import actions, core, credentials, events, health, link, slots
+from atoll.edge_agent import actions, core, credentials, events, facts, health, link, slots
 from atoll.edge_agent.children import Ended, Said
 from atoll.edge_agent.crew import Crew
 from atoll.edge_agent.database import Database
@@ -192,6 +192,8 @@ class Control:
                 meant = self._crew.understand(event)
                 if meant is not None:
                     self._take(meant)
+                elif isinstance(event, Said) and event.message.get("kind") == "counted":
+                    self._report_health()  # a run may wait for just that
             case _:
                 self._take(event)
 
@@ -202,6 +204,7 @@ class Control:
                 log.info("connected to the broker")
                 self._note(linked=True, link_error=None)
                 self._take(events.LinkUp())
+                self._report_health()
             case link.Down(_, reason):
                 self._sender.down()
                 log.warning("no connection to the broker: %s", reason)
@@ -299,7 +302,7 @@ class Control:
     def _report_health(self) -> None:
         if not self._sender.linked:
             return  # old health is of no use; do not let it pile up
-        counts = self._sender.counts()
+        counts, told = self._sender.counts(), facts.look(Path("/"))
         self._sender.enqueue(
             wire.Health(
                 rss=health.resident({"control": os.getpid(), **self._crew.pids}),
@@ -310,6 +313,10 @@ class Control:
                 bytes_down=self._link.bytes_down + self._crew.bytes_down,
                 latency_p50=self._crew.latency[0],
                 latency_p95=self._crew.latency[1],
+                power=told.power,
+                network=told.network,
+                accelerator=told.accelerator,
+                examples=self._crew.examples,
             )
         )
 

@@ -32,6 +32,8 @@ class Crew:
         self.bytes_up = 0
         self.bytes_down = 0
         self.latency: tuple[float | None, float | None] = (None, None)
+        self.examples: int | None = None
+        """How many the training process counted, as :func:`atoll.edge_agent.facts.bucket`."""
 
     @property
     def pids(self) -> dict[str, int]:
@@ -135,6 +137,8 @@ class Crew:
                 self._results[name] = events.RenewFailed(str(message["error"]))
             case "latency":
                 self.latency = (message["p50"], message["p95"])
+            case "counted":
+                self.examples = int(message["examples"])
             case "failed":
                 self._excuses[name] = str(message["error"])
             case _:

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Final
 from atoll.edge_agent import credentials
 from atoll.edge_agent.database import Database
 from atoll.edge_agent.errors import AgentError
+from atoll.edge_agent.facts import bucket
 from atoll.edge_agent.parent import Parent
 from atoll.edge_agent.paths import Paths
 from atoll.edge_agent.queries import Rows, handlers
@@ -135,6 +137,8 @@ def run(
     app = client_app.build(chosen, paths.examples, party, handlers(source), answered, floor, kept)
     node = WarmNode(who.hub.url, ca=who.ca, certificate=who.certificate, key=who.key)
     parent.tell({"kind": "up"})
+    with suppress(FederationError):  # without examples there is nothing to count
+        parent.tell({"kind": "counted", "examples": bucket(len(source("train").y))})
     node.serve(app, stop)
 
 

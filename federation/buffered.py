@@ -78,12 +78,13 @@ def run_buffered(
     checkpoints: Checkpoints | None = None,
     clock: Clock = SYSTEM_CLOCK,
     entropy: Keystream | None = None,
+    frozen: str = "",
     left_out: selection.LeftOut = selection.nobody,
 ) -> Outcome:
     """Run the plan's steps; arguments and errors are those of ``rounds.run_rounds``."""
     if plan.asynchrony is None:
         raise BadPlan("a plan without [asynchrony] runs in rounds")
-    setting = Setting(grid, plan, cohort, run, clock, entropy or Keystream.fresh())
+    setting = Setting(grid, plan, cohort, run, clock, entropy or Keystream.fresh(), frozen)
     state = (checkpoints.load(run) if checkpoints else None) or Checkpoint.fresh(run, initial)
     _check(plan, cohort, len(initial))
     devices = _Devices(setting, session, plan.asynchrony)

@@ -1,8 +1,7 @@
 """What is watched of an example: features computed from a declaration, never from task code.
 
-A serving device has no task installed; the bundle's profile tells it what to compute. For
-signals and images (``channel-stats``) these are moments per channel, for tables (``columns``)
-the columns.
+A serving device has no task installed; the bundle's profile tells it what to compute. For signals
+and images (``channel-stats``) these are moments per channel, for tables (``columns``) the columns.
 
 Where the bin edges of a profile come from, without a row leaving a device: each device reports
 the :class:`Ranges` of its features; then counts on a fine even grid over the merged ranges

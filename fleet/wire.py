@@ -32,6 +32,8 @@ Sigma = Annotated[float, Meta(ge=0, le=2**29)]
 Text = Annotated[str, Meta(pattern=r"^[^\x00]*\Z")]
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
 """A model's name."""
+Word = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,31}\Z")]
+"""One of a few that grow in number; which there are is for those who read them."""
 
 
 class _Wire(msgspec.Struct, frozen=True, kw_only=True, tag_field="t"):
@@ -93,7 +95,12 @@ class Window(_Wire, frozen=True, kw_only=True, tag="window"):
 
 
 class Health(_Wire, frozen=True, kw_only=True, tag="health"):
-    """How the device is: resident bytes per process, traffic, drops, latency (milliseconds)."""
+    """How the device is: resident bytes per process, traffic, drops, latency (milliseconds).
+
+    ``power``, ``network`` and ``accelerator`` are what cohort rules ask for; none where it cannot
+    be told. ``examples`` is how many there are to train on, rounded down to a power of two; none
+    while the training process has not counted them.
+    """
 
     rss: dict[Text, Count]
     disk_free: Count
@@ -103,6 +110,10 @@ class Health(_Wire, frozen=True, kw_only=True, tag="health"):
     bytes_down: Count
     latency_p50: Milliseconds | None = None
     latency_p95: Milliseconds | None = None
+    power: Word | None = None
+    network: Word | None = None
+    accelerator: Word | None = None
+    examples: Count | None = None
 
 
 class Event(_Wire, frozen=True, kw_only=True, tag="event"):

@@ -3,7 +3,8 @@
     4 bytes, big-endian: length of the head · head (JSON object) · the parts, end to end
 
 The head's ``"parts"`` holds their lengths. Other fields of the head are the message's own; a
-reader ignores those it does not know.
+reader ignores those it does not know. Blanks behind the head let the first part begin at a
+multiple of 8 bytes, so that its integers can be used where they lie.
 """
 
 import json
@@ -19,6 +20,7 @@ _T = TypeVar("_T")
 MAX_HEAD: Final = 1 << 24
 
 _LENGTH: Final = struct.Struct(">I")
+_ALIGNED: Final = 8
 
 
 class Frame(NamedTuple):
@@ -52,10 +54,11 @@ class Frame(NamedTuple):
         return value
 
 
-def pack(head: Mapping[str, object], parts: Sequence[bytes | bytearray] = ()) -> bytes:
-    """Lay out a payload; equal heads give equal bytes."""
+def pack(head: Mapping[str, object], parts: Sequence[bytes | bytearray | memoryview] = ()) -> bytes:
+    """Lay out a payload; equal heads give equal bytes. A memoryview is one of single bytes."""
     whole = {**head, "parts": [len(part) for part in parts]}
     text = json.dumps(whole, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-(_LENGTH.size + len(text)) % _ALIGNED)
     return b"".join([_LENGTH.pack(len(text)), text, *parts])
 
 

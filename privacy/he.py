@@ -236,9 +236,9 @@ class HeParty:
         if spare.any():
             raise Refused("a sum that is not the sum of the survivors listed")
         limit = spec.bound * len(survivors)
-        terms.check(values, spec.length, limit)
         reply = frames.pack(
-            frames.address(spec.key, DECRYPT, self._me.party), [terms.to_bytes(values, limit)]
+            frames.address(spec.key, DECRYPT, self._me.party),
+            [terms.to_bytes(values, spec.length, limit)],
         )
         self._opened.remember(spec.key, question, reply)
         return reply

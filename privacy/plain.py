@@ -2,7 +2,8 @@
 
 For cohorts that trust the hub, for robust rules that must see updates, and as the yardstick
 of the others. The hub holds the running sum and never a second term, unless it is opened with
-:meth:`PlainHubSession.collect`: then it keeps the terms, for who must look at each.
+:meth:`PlainHubSession.collect`: then it keeps the terms, for who must look at each. A term of many
+zeros travels sparsely (:mod:`atoll.privacy.sparse`).
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from atoll.privacy import frames, terms
+from atoll.privacy import frames, sparse, terms
 from atoll.privacy.errors import Refused, SumFailed, TooFewSurvivors
+from atoll.privacy.running import RunningTotal
 from atoll.privacy.sums import CONTRIBUTE, Ask, Integers, SumSpec, Total
 
 
@@ -30,7 +32,7 @@ class PlainHub:
     def __init__(self, spec: SumSpec, parties: Sequence[str]) -> None:
         self._spec = spec
         self._waiting = set(parties)
-        self._sum: Integers = np.zeros(spec.length, dtype=np.int64)
+        self._sum = RunningTotal(spec)
         self._survivors: list[str] = []
         self._open = False
 
@@ -47,14 +49,12 @@ class PlainHub:
         )
 
     def receive(self, party: str, reply: bytes) -> None:
-        """Add one term; raise :class:`Refused` for one that must not be added."""
+        """Add one term where it lies; raise :class:`Refused` for one that must not be added."""
         if not self._open or party not in self._waiting:
             raise Refused(f"nothing is expected of {party!r}")
-        frame = frames.unpack(reply)
+        frame = frames.view(reply)
         frames.check_address(frame, self._spec.key, CONTRIBUTE, party)
-        if len(frame.parts) != 1:
-            raise Refused("a plain contribution is one term")
-        self._add(party, terms.from_bytes(frame.parts[0], self._spec.length, self._spec.bound))
+        self._add(party, sparse.view(frame.parts, self._spec.length, self._spec.bound))
         self._waiting.remove(party)
         self._survivors.append(party)
 
@@ -65,11 +65,11 @@ class PlainHub:
         self._open = False
         if len(self._survivors) < self._spec.min_survivors:
             raise TooFewSurvivors(len(self._survivors), self._spec.min_survivors)
-        return Total(self._sum, tuple(sorted(self._survivors)))
+        return Total(self._sum.values(), tuple(sorted(self._survivors)))
 
-    def _add(self, party: str, term: Integers) -> None:
+    def _add(self, party: str, term: npt.NDArray[Any]) -> None:
         del party
-        self._sum += term
+        self._sum.add(term)
 
 
 class CollectingHub(PlainHub):
@@ -87,7 +87,7 @@ class CollectingHub(PlainHub):
         kept = self._terms if len(rows) == len(self._rows) else self._terms[rows]
         return Collected(total.values, total.survivors, kept)
 
-    def _add(self, party: str, term: Integers) -> None:
+    def _add(self, party: str, term: npt.NDArray[Any]) -> None:
         super()._add(party, term)
         self._terms[self._rows[party]] = term
 
@@ -129,10 +129,9 @@ class PlainParty:
         before = self._answered.before(spec, payload)
         if before is not None:
             return before
-        values = terms.check(term, spec.length, spec.bound)
         reply = frames.pack(
             frames.address(spec.key, CONTRIBUTE, self._party),
-            [terms.to_bytes(values, spec.bound)],
+            sparse.to_parts(term, spec.length, spec.bound),
         )
         self._answered.remember(spec, payload, reply)
         return reply

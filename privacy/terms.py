@@ -3,11 +3,13 @@
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from atoll.privacy.errors import BadParameters, Refused
 from atoll.privacy.sums import Integers, SumSpec
 
 _DTYPES: Final = ("<i1", "<i2", "<i4", "<i8")
+_STRETCH: Final = 1 << 16
 
 
 def check(values: Integers | None, length: int, bound: int) -> Integers:
@@ -23,17 +25,36 @@ def check(values: Integers | None, length: int, bound: int) -> Integers:
     return values
 
 
-def to_bytes(values: Integers, bound: int) -> bytes:
-    """Write values in ``±bound`` in the narrowest integers that hold them, little-endian."""
-    return values.astype(dtype(bound)).tobytes()
+def to_bytes(values: Integers | None, length: int, bound: int) -> memoryview:
+    """Check values and write them in the narrowest integers that hold them, little-endian.
+
+    Raises :class:`Refused` as :func:`check` does. Each stretch is checked and written while it is
+    in the processor's cache.
+    """
+    narrow = np.empty(length, dtype=dtype(bound))
+    if values is None or values.shape != (length,):
+        check(values, length, bound)
+    else:
+        for start in range(0, length, _STRETCH):
+            part = values[start : start + _STRETCH]
+            narrow[start : start + _STRETCH] = check(part, part.size, bound)
+    return narrow.view(np.uint8).data
 
 
 def from_bytes(data: bytes, length: int, bound: int) -> Integers:
     """Read what :func:`to_bytes` wrote; raise :class:`Refused` for anything else."""
+    return check(view(data, length, bound).astype(np.int64), length, bound)
+
+
+def view(data: bytes | memoryview, length: int, bound: int) -> "npt.NDArray[Any]":
+    """Read what :func:`to_bytes` wrote where it lies, in its narrow integers.
+
+    Its values are still to be checked. Raises :class:`Refused` for another length.
+    """
     narrow = dtype(bound)
     if len(data) != length * narrow.itemsize:
         raise Refused(f"{len(data)} bytes instead of {length} values")
-    return check(np.frombuffer(data, dtype=narrow).astype(np.int64), length, bound)
+    return np.frombuffer(data, dtype=narrow)
 
 
 def dtype(bound: int) -> "np.dtype[Any]":

@@ -24,7 +24,7 @@ the hub), or not at all, does not type-check.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,10 @@ MIN_SHARE_SIGMA: Final = 2.0
 MIN_BITS: Final = 2
 MAX_BITS: Final = 24
 _ATTEMPTS: Final = 32
+_BLOCK: Final = 1 << 14
+"""Values that are worked on at a time; with all that is made of them they stay in the cache."""
+_SQUARED: Final = (1e-150, 1e150)
+"""Magnitudes whose squares are floats, and sums of squares too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,11 +246,42 @@ def norm(update: npt.ArrayLike) -> float:
 
     NaN or infinite when a value is.
     """
-    values = np.asarray(update, dtype=np.float64)
-    largest = float(np.abs(values).max(initial=0.0))
+    values = _floats(update)
+    largest = _largest(values)
     if not 0 < largest < math.inf:
         return largest
-    return largest * float(np.linalg.norm(values / largest))
+    unit = _unit(largest)
+    return unit * _length(values, unit)
+
+
+def _floats(update: npt.ArrayLike) -> npt.NDArray[np.floating[Any]]:
+    """Return ``update`` as float32 if it is that already, and as float64 otherwise."""
+    values = np.asarray(update)
+    return values if values.dtype == np.float32 else values.astype(np.float64, copy=False)
+
+
+def _largest(values: npt.NDArray[np.floating[Any]]) -> float:
+    """Return the largest magnitude; NaN when there is one, 0 for no values."""
+    if not values.size:
+        return 0.0
+    highest, lowest = float(values.max()), float(values.min())
+    return highest if math.isnan(highest) else max(highest, -lowest)
+
+
+def _unit(largest: float) -> float:
+    """Return what values are divided by before they are squared: 1 nearly always."""
+    return 1.0 if not largest or _SQUARED[0] < largest < _SQUARED[1] else largest
+
+
+def _length(values: npt.NDArray[np.floating[Any]], unit: float) -> float:
+    """Return the L2 norm of ``values / unit``."""
+    square = 0.0
+    for start in range(0, values.size, _BLOCK):
+        block = values[start : start + _BLOCK].astype(np.float64)
+        if unit != 1.0:
+            block /= unit
+        square += float(block @ block)
+    return math.sqrt(square)
 
 
 def quantise(
@@ -264,15 +299,21 @@ def quantise(
     Raises :class:`BadUpdate` for NaN, Inf or another shape, and for a weight or riders that
     are not in their range or not as many as the spec says.
     """
-    values = np.asarray(update, dtype=np.float64)
+    values = _floats(update)
     if values.ndim != 1 or values.size == 0:
         raise BadUpdate(f"an update has one axis and some values; this has shape {values.shape}")
-    if not np.isfinite(values).all():
+    largest = _largest(values)
+    if not math.isfinite(largest):
         raise BadUpdate("the update holds NaN or Inf; the device's training diverged")
     if not 0 <= weight <= 1:
         raise BadUpdate(f"weight {weight} is not in [0, 1]")
-    rounded = _rounded(weight * _scaled(values, spec), spec, rng)
-    return Clipped(np.concatenate([rounded, _rider_integers(riders, spec, rng)]))
+    unit = _unit(largest)
+    if unit != 1.0:
+        values = values / unit
+    rounded = np.empty(values.size + spec.riders, np.int64)
+    _round(values, weight * _factor(values, largest, spec), spec, rng, rounded[: values.size])
+    rounded[values.size :] = _rider_integers(riders, spec, rng)
+    return Clipped(rounded)
 
 
 def weighed(
@@ -285,23 +326,43 @@ def weighed(
     """
     if weight == 1:
         return term
-    values = len(term) - riders
-    return np.concatenate(
-        [_rounded(weight * term[:values].astype(np.float64), spec, rng), term[values:]]
-    )
+    values, rounded = len(term) - riders, term.copy()
+    _round(term[:values].astype(np.float64), weight, spec, rng, rounded[:values])
+    return rounded
 
 
-def _rounded(wanted: Floats, spec: UpdateSpec, rng: Keystream) -> Integers:
-    """Return ``wanted`` rounded without bias, its norm at most the sensitivity."""
-    floor = np.floor(wanted)
-    fraction = wanted - floor
-    limit = spec.sensitivity**2
+def _round(
+    values: npt.NDArray[np.floating[Any]],
+    factor: float,
+    spec: UpdateSpec,
+    rng: Keystream,
+    rounded: Integers,
+) -> None:
+    """Put ``factor * values``, rounded without bias, in ``rounded``; its norm is bounded."""
     for _ in range(_ATTEMPTS):
-        rounded = (floor + (rng.uniform(wanted.size) < fraction)).astype(np.int64)
-        if int(rounded @ rounded) <= limit:
-            return rounded
+        if _attempt(values, factor, rng, rounded) <= spec.sensitivity**2:
+            return
     # Fewer than one update in a million comes here; rounding to zero never lengthens.
-    return np.trunc(wanted).astype(np.int64)
+    rounded[:] = np.trunc(values.astype(np.float64) * factor)
+
+
+def _attempt(
+    values: npt.NDArray[np.floating[Any]], factor: float, rng: Keystream, rounded: Integers
+) -> float:
+    """Round once; return the square of the norm, exact where it is below 2**53."""
+    square = 0.0
+    wanted, floor, coins = np.empty((3, min(_BLOCK, values.size)))
+    for start in range(0, values.size, _BLOCK):
+        block = values[start : start + _BLOCK]
+        size = block.size
+        some, down = wanted[:size], floor[:size]
+        np.multiply(block, factor, out=some, dtype=np.float64)
+        np.floor(some, out=down)
+        np.subtract(some, down, out=some)
+        down += np.less(rng.uniform(size), some, out=coins[:size])
+        square += float(down @ down)
+        rounded[start : start + size] = down
+    return square
 
 
 def _rider_integers(riders: Sequence[float], spec: UpdateSpec, rng: Keystream) -> Integers:
@@ -316,22 +377,23 @@ def _rider_integers(riders: Sequence[float], spec: UpdateSpec, rng: Keystream) -
     return (floor + (rng.uniform(values.size) < wanted - floor)).astype(np.int64)
 
 
-def _scaled(values: Floats, spec: UpdateSpec) -> Floats:
-    """Return ``values`` in integer units, their norm at most ``spec.room``."""
+def _factor(values: npt.NDArray[np.floating[Any]], largest: float, spec: UpdateSpec) -> float:
+    """Return what makes ``values`` integers' size, their norm at most ``spec.room``.
+
+    They have been divided by the unit of the ``largest`` of them.
+    """
     room = spec.room(values.size)
-    largest = float(np.abs(values).max())
     if largest == 0.0:
-        return values
-    # Divided by the largest first: squares of huge or tiny values leave a float's range.
-    direction = values / largest
-    length = float(np.linalg.norm(direction))
-    wanted = min(largest * spec.scale, room / length)
-    return direction * wanted
+        return 0.0
+    return min(_unit(largest) * spec.scale, room / _length(values, 1.0))
 
 
 def clipped(update: npt.ArrayLike, spec: UpdateSpec) -> Floats:
     """Return ``update`` as its term has it before weight, rounding and noise, in its own unit."""
-    return _scaled(np.asarray(update, dtype=np.float64), spec) / spec.scale
+    values = np.asarray(update, dtype=np.float64)
+    largest = _largest(values)
+    unit = _unit(largest)
+    return values / unit * (_factor(values / unit, largest, spec) / spec.scale)
 
 
 def add_noise(clipped: Clipped, spec: UpdateSpec, rng: Keystream) -> Noised:
@@ -362,7 +424,11 @@ def encode(
     unless the hub adds the noise. ``rng`` is ``Keystream.fresh()`` wherever there is noise.
     Raises :class:`BadUpdate` as :func:`quantise` does.
     """
-    clipped = quantise(update, spec, rng, weight, riders)
+    return noised(quantise(update, spec, rng, weight, riders), spec, rng)
+
+
+def noised(clipped: Clipped, spec: UpdateSpec, rng: Keystream) -> Integers:
+    """Return a device's term: with its share of the noise, unless the hub adds it."""
     if spec.placement == "central":
         return clipped.values
     return add_noise(clipped, spec, rng).values

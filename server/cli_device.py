@@ -106,6 +106,7 @@ def show_device(device: DeviceId, *, data: Data = None, as_json: Json = False) -
             "serves at": found["serve_url"],
             "doing": doing(found),
             "error": reported.get("error"),
+            **told(health),
             "memory": _memory(health.get("rss") or {}),
             "outbox": f"{health['outbox_waiting']} waiting, {health['outbox_dropped']} dropped"
             if health
@@ -145,6 +146,15 @@ def serving(device: dict[str, Any]) -> str:
     if reported.get("release") is None:
         return "–"
     return f"{reported['model']} {reported['release']}"
+
+
+def told(health: dict[str, Any]) -> dict[str, object]:
+    """Return what a device told of itself that cohort rules may ask for."""
+    examples = health.get("examples")
+    return {
+        **{fact: health.get(fact) for fact in ("power", "network", "accelerator")},
+        "examples": None if examples is None else f"{examples:,} or more to train on",
+    }
 
 
 def doing(device: dict[str, Any]) -> str:

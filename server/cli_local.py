@@ -1,6 +1,7 @@
 """``atoll plan run --engine local`` and ``--engine ray``: a plan on devices without a hub."""
 
 import importlib
+import importlib.util
 import time
 from collections.abc import Sequence
 from itertools import count
@@ -115,6 +116,11 @@ def _check(plan: Plan, devices: Sequence[Any]) -> None:
     from atoll.federation import release
     from atoll.privacy.errors import BadParameters
 
+    if plan.cohort.rule is not None:
+        raise Misuse(
+            "cohort.rule looks at what agents report to a hub, and without a hub nobody reports: "
+            "leave cohort.rule out"
+        )
     wanted = plan.cohort.labels.items()
     trainers = sum(wanted <= device.labels.items() for device in devices)
     if trainers < plan.cohort.min_devices:
@@ -151,8 +157,10 @@ def _how_to_go_on(folder: Path) -> str:
 
 
 def _put(ended: dict[str, Any], wanted: Wanted, devices: int, candidate: Path | None) -> None:
+    """Print what came of a run, but for each device's own accuracy: that is in the JSON."""
     privacy = (ended["metrics"] or {}).get("privacy", {})
     spent = privacy.get("epsilon")
+    measured = outcome(ended).items()
     put_facts(
         {
             "plan": ended["name"],
@@ -162,10 +170,6 @@ def _put(ended: dict[str, Any], wanted: Wanted, devices: int, candidate: Path | 
             "candidate": candidate,
             "ε": f"{spent:.3g} at δ = {privacy['delta']:g}" if spent is not None else "",
         }
-        | {
-            name: value
-            for name, value in outcome(ended).items()
-            if not name.startswith("by_device ")
-        }
+        | {name: value for name, value in measured if not name.startswith("by_device ")}
     )
     put_rounds(ended)

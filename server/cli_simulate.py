@@ -34,13 +34,22 @@ def simulate(
         int,
         typer.Option(help="Threads that train; for small networks one is fastest.", min=1),
     ] = 1,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory to keep the simulation in; the same command goes on from there.",
+            metavar="DIR",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Try a plan on simulated devices: what accuracy it reaches, at which ε, in what time.
 
-    Clipping, noise, ledger and strategy are those of a real run; nothing is sent and nothing is
-    kept. Devices are dealt examples of the plan's task, digits or spar. All draws come from the
-    seed, so that the same command gives the same result.
+    Clipping, noise, ledger and strategy are those of a real run; nothing is sent, and nothing kept
+    but in a --checkpoint directory. Devices are dealt examples of the plan's task: digits,
+    fashion-mnist or spar. All draws come from the seed, so that the same command gives the same
+    result.
     """
     # By name: the hub's package knows nothing of the simulations that stand on it.
     simulation: Any = importlib.import_module("atoll.simulations.simulate_report")
@@ -49,7 +58,14 @@ def simulate(
 
     try:
         simulation.main(
-            file, devices, cohort, rounds=rounds, seed=seed, threads=threads, as_json=as_json
+            file,
+            devices,
+            cohort,
+            rounds=rounds,
+            seed=seed,
+            threads=threads,
+            checkpoint=checkpoint,
+            as_json=as_json,
         )
     except (BadPlan, BadParameters) as error:
         raise Misuse(str(error)) from error

@@ -61,6 +61,9 @@ RULES: Final[Sequence[Rule]] = (
     Rule("privacy budget", "!has(privacy.budget) || privacy.epsilon <= privacy.budget"),
 )
 
+WHOLE: Final = Rule("no layers stay on devices", "layers.local == 0.0")
+"""What a model must come up to before there is one: of layers that stay, the hub has none."""
+
 
 def judge(facts: Mapping[str, Any], rules: Iterable[Rule] = RULES) -> list[Verdict]:
     """Evaluate every rule over ``facts``, nested mappings of numbers, strings and booleans."""
@@ -70,8 +73,10 @@ def judge(facts: Mapping[str, Any], rules: Iterable[Rule] = RULES) -> list[Verdi
 
 FACTS: Final = frozenset(
     {
-        *("accuracy", "by_device", "cohort", "confusion", "devices", "fairness", "golden", "loss"),
-        *("model", "privacy", "profile", "rounds", "rows", "spread"),
+        *("accuracy", "by_device", "cohort", "confusion", "delta", "devices", "epsilon"),
+        *("fairness", "fine_tuned", "golden", "layers", "loss", "model", "privacy", "profile"),
+        *("rounds", "rows"),
+        *("spread", "spread_left_out"),
     }
 )
 """What a rule may be about: the names of a run's facts."""

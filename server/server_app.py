@@ -82,11 +82,13 @@ def execute(
 ) -> None:
     """Run a plan of the store, from its checkpoint if it has one, and settle the run.
 
-    ``now`` gives Unix seconds. The grid is that of any engine, and everything else the same: what
-    a run does is decided by the plan and the store alone. ``recorder`` makes who hears of it. What
-    goes wrong in a way that a person can mend settles the run as failed and is not raised; anything
-    else is both. :class:`LinkError` and :class:`Unavailable` are raised with the run as it was: it
-    can go on in another process. One that finds the run to be another's ends without a word.
+    ``now`` gives Unix seconds; ``recorder`` makes who hears of the run. The grid is that of any
+    engine: what a run does is decided by the plan and the store alone.
+
+    What goes wrong in a way that a person can mend settles the run as failed and is not raised;
+    anything else is both. :class:`LinkError` and :class:`Unavailable` are raised with the run as
+    it was: it can go on in another process. One that finds the run to be another's ends without
+    a word.
     """
     try:
         with claimed(store, settings.runs / start.run, start, clock) as claim:

@@ -67,15 +67,24 @@ def run(connection: Connection, run_id: str) -> dict[str, Any]:
         raise NotFound(f"there is no run {run_id!r}", "look at the list of runs for its id")
     row = run_row(found)
     r = schema.rounds.c
-    rounds = rows(connection, select(schema.rounds).where(r.run == run_id).order_by(r.round))
+    stored = rows(connection, select(schema.rounds).where(r.run == run_id).order_by(r.round))
+    rounds = [_shown(one) for one in stored]
     return {
         "row": row,
-        "rounds": [one | {"asked": asked(one)} for one in rounds],
+        "rounds": rounds,
         "plots": round_plots(rounds),
         "stages": stages(row),
         "progress": progress(row, rounds),
         "measures": fairness_table(row["fairness"] or {}),
     }
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a round with who was in it and asked; of one that is lost nothing is known."""
+    if row["lost"]:
+        unknown = ("answered", "asked", "bytes_up", "bytes_down", "seconds")
+        return dict(row) | dict.fromkeys(unknown)
+    return dict(row) | {"answered": len(row["survivors"]), "asked": asked(row)}
 
 
 def standings(connection: Connection, found: Sequence[Mapping[str, Any]]) -> dict[str, Standing]:
@@ -102,8 +111,8 @@ def progress(row: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> dic
         "accuracy": latest(rounds, "accuracy"),
         "epsilon": latest(rounds, "epsilon"),
         "clip_norm": latest(rounds, "clip_norm"),
-        "answered": len(heard[-1]["survivors"]) if heard else None,
-        "asked": asked(heard[-1]) if heard else None,
+        "answered": heard[-1]["answered"] if heard else None,
+        "asked": heard[-1]["asked"] if heard else None,
         "up": sum(one["bytes_up"] for one in counted) if counted else None,
         "down": sum(one["bytes_down"] for one in counted) if counted else None,
         "left": time_left(rounds, where.to_come) if row["state"] == "running" else None,
@@ -133,8 +142,8 @@ def round_plots(rounds: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     if not rounds:
         return []
     x = [float(entry["round"]) for entry in rounds]
-    answered = [float(len(entry["survivors"])) for entry in rounds]
-    drawn = [float(asked(entry)) for entry in rounds]
+    answered = [entry["answered"] for entry in rounds]
+    drawn = [entry["asked"] for entry in rounds]
     plots = [
         (
             "Training loss",

@@ -54,12 +54,17 @@ class Digits:
 
     def load(self, data: Path, split: Split) -> Examples:
         """Read ``x`` and ``y`` from ``train.npz`` or ``test.npz``."""
-        path = data / f"{split}.npz"
-        try:
-            with np.load(path, allow_pickle=False) as held:
-                return Examples(held["x"].astype(np.float32), held["y"].astype(np.int64))
-        except (OSError, ValueError, KeyError) as error:
-            raise DataMissing(f"{path} cannot be read as digits: {error}") from error
+        return read(data, split, self.name)
+
+
+def read(data: Path, split: Split, task: str) -> Examples:
+    """Read ``x`` and ``y`` from ``train.npz`` or ``test.npz``; :class:`DataMissing` without."""
+    path = data / f"{split}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            return Examples(held["x"].astype(np.float32), held["y"].astype(np.int64))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataMissing(f"{path} cannot be read as {task}: {error}") from error
 
 
 def dataset() -> Examples:

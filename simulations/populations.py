@@ -10,17 +10,17 @@ what is simulated is the *number* of devices and how they differ, not so much da
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from atoll.federation.errors import BadPlan
 from atoll.federation.task import Examples, Split, Task
-from atoll.simulations import digits
+from atoll.simulations import digits, fashion, partition
 from atoll.simulations.spar import PEOPLE, Spar, split_people
 
 ALPHA: Final = 0.5
@@ -46,6 +46,26 @@ class Population(Protocol):
     def examples(self, device: int, split: Split) -> Examples:
         """Return what a device holds: one example at least."""
         ...
+
+
+@runtime_checkable
+class Tested(Protocol):
+    """What a population has besides when weights are tested on one set, as in published tables."""
+
+    @property
+    def tested_on(self) -> Examples:
+        """The test set; no device holds any of it to train on."""
+        ...
+
+
+def evaluated_on(population: Population, devices: int) -> Iterator[Examples]:
+    """Yield what weights are evaluated on: the test set, or what ``devices`` held back."""
+    if isinstance(population, Tested):
+        yield population.tested_on
+        return
+    asked = min(devices, population.size)
+    for place in range(asked):
+        yield population.examples(place * population.size // asked, "test")
 
 
 @dataclass(frozen=True)
@@ -145,7 +165,18 @@ def _spar(devices: int, seed: int) -> Simulated:
     return Simulated(task, PeoplePopulation(devices, people, seed))
 
 
-_MAKERS: Final[Mapping[str, Callable[[int, int], Simulated]]] = {"digits": _digits, "spar": _spar}
+def _fashion(devices: int, seed: int) -> Simulated:
+    train, test = (fashion.dataset(fashion.place(), split) for split in ("train", "test"))
+    parts = partition.dealt(train.y, devices, ALPHA, seed)
+    held = tuple(_take(train, part) for part in parts)
+    return Simulated(fashion.FashionMnist(), partition.DealtPopulation(held, test))
+
+
+_MAKERS: Final[Mapping[str, Callable[[int, int], Simulated]]] = {
+    "digits": _digits,
+    "fashion-mnist": _fashion,
+    "spar": _spar,
+}
 
 
 def _of_classes(labels: Indices, wanted: Indices, rng: np.random.Generator) -> Indices:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from atoll.federation import plan as plans
 from atoll.federation.plan import Plan
-from atoll.simulations import populations, simulate
+from atoll.simulations import populations, resumable
 from atoll.simulations.simulate import Ended, Round
 
 OnRound = Callable[[Round], None]
@@ -32,11 +32,41 @@ def main(
     rounds: int | None,
     seed: int | None,
     threads: int,
+    checkpoint: Path | None,
     as_json: bool,
 ) -> None:
     """Simulate the plan in ``file`` and print what came of it; progress goes to stderr.
 
     ``rounds`` and ``seed`` replace the plan's. Raises what :func:`simulate.run` does.
+    """
+    facts = facts_of(
+        file,
+        devices,
+        cohort,
+        rounds=rounds,
+        seed=seed,
+        threads=threads,
+        checkpoint=checkpoint,
+    )
+    if as_json:
+        sys.stdout.write(json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    else:
+        Console().print(table(facts))
+
+
+def facts_of(
+    file: Path,
+    devices: int,
+    cohort: int | None,
+    *,
+    rounds: int | None,
+    seed: int | None,
+    threads: int,
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    """Simulate and return the facts; see :func:`main`.
+
+    ``checkpoint`` is a directory in which the simulation is kept and from which it goes on.
     """
     plan = plans.load(file)
     plan = msgspec.structs.replace(
@@ -45,20 +75,10 @@ def main(
         seed=plan.seed if seed is None else seed,
     )
     simulated = populations.named(plan.task, devices, plan.seed)
-    heard: list[Round] = []
     began = time.perf_counter()
     with _progress(plan.rounds, Console(stderr=True)) as show, _threads(threads):
-
-        def on_round(done: Round) -> None:
-            heard.append(done)
-            show(done)
-
-        ended = simulate.run(plan, simulated, cohort, on_round)
-    facts = gather(plan, devices, heard, ended, time.perf_counter() - began, peak_memory())
-    if as_json:
-        sys.stdout.write(json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    else:
-        Console().print(table(facts))
+        ended, heard = resumable.run(plan, simulated, cohort, show, directory=checkpoint)
+    return gather(plan, devices, heard, ended, time.perf_counter() - began, peak_memory())
 
 
 def gather(

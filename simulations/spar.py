@@ -81,10 +81,10 @@ def block(samples: int, split: Split) -> tuple[int, int]:
     return (0, cut) if split == "train" else (cut + GAP, samples)
 
 
-def _windows(
-    signal: npt.NDArray[np.float32], split: Split, step: int
+def windows(
+    signal: npt.NDArray[np.float32], begin: int, end: int, step: int
 ) -> Iterator[npt.NDArray[np.float32]]:
-    begin, end = block(len(signal), split)
+    """Yield the windows, ``(6, WINDOW)``, that lie in ``[begin, end)`` of ``(samples, 6)``."""
     for start in range(begin, end - WINDOW + 1, step):
         yield signal[start : start + WINDOW].T
 
@@ -144,7 +144,8 @@ class Spar:
         y: list[int] = []
         arms: list[int] = []
         for i, exercise in enumerate(label):
-            cut = list(_windows(signal[starts[i] : starts[i + 1]], split, step))
+            whole = signal[starts[i] : starts[i + 1]]
+            cut = list(windows(whole, *block(len(whole), split), step))
             x += cut
             y += [int(exercise)] * len(cut)
             arms += [int(side[i])] * len(cut)

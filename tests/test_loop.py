@@ -24,6 +24,7 @@ averaged_rounds = 3
 [cohort]
 labels = { role = "train" }
 min_devices = 2
+rule = "device.rows >= 64 && !device.drifted"
 [privacy]
 mode = "he"
 clip_norm = 1.0
@@ -80,6 +81,21 @@ def test_a_run_trains_under_encryption_and_charges_the_ledger(
     (spent,) = fleet.call("GET", "/ledger?delta=1e-5")
     assert spent["charges"] == 10
     assert spent["epsilon"] == pytest.approx(run["rounds"][-1]["epsilon"], rel=1e-6)
+
+
+def test_the_run_knows_what_its_rule_asked_and_how_groups_and_devices_fare(
+    fleet: LocalFleet, run: dict[str, Any]
+) -> None:
+    facts = run["metrics"]
+    assert (facts["cohort"]["eligible"], facts["cohort"]["left_out"]) == (2, {})
+    health = fleet.call("GET", "/devices/ant")["health"]
+    rows = len(Spar().load(fleet.device_data("ant") / "data", "train").y)
+    assert health["examples"] <= rows < 2 * health["examples"]
+    assert health["accelerator"]
+    assert facts["fairness"]["groups"].keys() == {"left", "right"}
+    assert 0 <= facts["fairness"]["equalised_odds"] <= 1
+    assert facts["spread"]["known"]["devices"] == 2
+    assert "unseen" in facts["spread_left_out"]
 
 
 def test_every_device_serves_the_signed_release(

@@ -201,6 +201,8 @@ def serving(tracking: Tracking) -> Iterator[str]:
                 except Refused as refused:
                     status = refused.status
                     said = {"error_code": refused.code, "message": str(refused)}
+                except Exception as error:  # noqa: BLE001  as a server's own fault
+                    status, said = 500, {"error_code": "INTERNAL_ERROR", "message": str(error)}
             data = said if isinstance(said, bytes) else json.dumps(said).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")

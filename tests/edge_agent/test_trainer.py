@@ -8,7 +8,7 @@ from atoll.edge_agent import credentials
 from atoll.edge_agent.database import Database
 from atoll.edge_agent.errors import AgentError
 from atoll.edge_agent.trainer import AnsweredDurably, choose, examples, party_of
-from atoll.federation.errors import TaskMissing
+from atoll.federation.errors import BadGroups, TaskMissing
 from atoll.federation.task import Examples
 from atoll.privacy.errors import BadParameters, Refused
 
@@ -41,6 +41,27 @@ def test_a_split_is_read_once(tmp_path):
     assert task.loads == 1
     read("test")
     assert task.loads == 2
+
+
+def test_groups_are_read_with_the_examples_of_a_task_that_has_them(tmp_path):
+    class Grouped:
+        name, input_shape, channels, classes = "g", bench.SHAPE, bench.CHANNELS, bench.CLASSES
+        groups = ("young", "old")
+
+        def model(self, seed):
+            raise AssertionError("reading a split needs no model")
+
+        def load(self, data, split):
+            return Examples(bench.examples(3), np.arange(3))
+
+        def group_of(self, data, split):
+            return np.array([1, 0, -1] if split == "test" else [0, 0, 2])
+
+    read = examples(Grouped(), tmp_path)
+    assert read("test").group.tolist() == [1, 0, -1]
+    assert read("test").groups == 2
+    with pytest.raises(BadGroups):
+        read("train")
 
 
 def test_sides_of_sums_are_made_by_mode_with_this_devices_name(hub, tmp_path):

@@ -179,7 +179,8 @@ def made(folder: Path, choose: Callable[[Program], Program]) -> Iterator[Hub]:
     link = choose(superlink_command("127.0.0.1", port, tls, home))
     executor = superexec_command(address, tls.ca, home, os.getpid())
     admin = SuperLinkAdmin(address, authority.cert_pem)
-    more = {"PYTHONPATH": str(HERE), "CONTRACT_FOLDER": str(folder)}
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    more = {"PYTHONPATH": path, "CONTRACT_FOLDER": str(folder), "ATOLL_DATA": str(folder / "data")}
     with running(link, folder / "superlink.log") as process:
         wait_for(lambda: admin.ready() or process.poll() is not None, 60, "the SuperLink")
         assert process.poll() is None, (folder / "superlink.log").read_text()

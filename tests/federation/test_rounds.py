@@ -323,6 +323,7 @@ def test_a_hidden_round_that_broke_off_is_lost_and_another_takes_its_place(
     assert (done.rounds, done.ended) == (3, "complete")
     assert [(report.round, len(report.survivors)) for report in reports] == [(2, 0), (3, 3), (4, 3)]
     assert all("cannot be repeated" in why for why in reports[0].dropped.values())
+    assert [report.lost for report in reports] == [True, False, False]
     kept = checkpoints.load("run")
     assert kept is not None
     assert (kept.begun, kept.ended, kept.lost, kept.trained, kept.tailed) == (4, 4, 1, 3, 3)
@@ -364,6 +365,7 @@ def test_a_plain_round_of_which_devices_know_no_more_is_lost(tmp_path: Path) -> 
     assert done.rounds == 3
     assert "before this process remembers" in reports[0].dropped["device-1"]
     assert [len(report.survivors) for report in reports] == [0, 3, 3]
+    assert [report.lost for report in reports] == [True, False, False]
 
 
 def test_a_round_that_was_thrown_away_is_not_taken_for_one_that_broke_off(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ times = st.floats(0, 1e12)
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
 maybe_text = st.none() | texts
 models = st.from_regex(r"[a-z0-9][a-z0-9-]{0,62}", fullmatch=True)
+words = st.from_regex(r"[a-z0-9][a-z0-9-]{0,31}", fullmatch=True)
 releases = st.integers(1, 2**31 - 1)
 rows = st.integers(0, 2**31 - 1)
 
@@ -66,6 +67,10 @@ bodies = st.one_of(
         bytes_down=numbers,
         latency_p50=st.none() | times,
         latency_p95=st.none() | times,
+        power=st.none() | words,
+        network=st.none() | words,
+        accelerator=st.none() | words,
+        examples=st.none() | numbers,
     ),
     st.builds(
         Event, kind=texts, severity=st.sampled_from(["info", "warning", "error"]), detail=texts

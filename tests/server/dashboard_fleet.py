@@ -191,6 +191,10 @@ def add_device(hub: HubContext, name: str, number: int, *, release: int | None =
                     "bytes_down": 800,
                     "latency_p50": 0.42,
                     "latency_p95": 0.91,
+                    "power": "battery" if number == 5 else "mains",
+                    "network": "wifi",
+                    "accelerator": "none",
+                    "examples": 512,
                 },
             )
         )
@@ -278,6 +282,14 @@ def add_rounds(connection, run: str, numbers: range, begun: float) -> None:
                 dropped=late,
                 loss=0.12 + 1.7 * 0.72**n,
                 epsilon=4.1 * n**0.62 + 1.2,
+                bytes_up=3_400_000 - 425_000 * len(late),
+                bytes_down=3_500_000 + (560_000 if n % 3 == 0 else 0),
+                clip_norm=1.0,
+                drawn=8,
+                connected=8 - len(late),
+                accuracy=0.97 - 0.5 * 0.7**n if n % 3 == 0 else None,
+                evaluated=640 if n % 3 == 0 else 0,
+                evaluate_seconds=0.8 if n % 3 == 0 else 0.0,
             )
         )
         connection.execute(

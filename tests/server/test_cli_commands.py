@@ -210,6 +210,32 @@ def test_a_run_is_shown_with_its_rounds_and_what_it_measured(atoll, running):
     assert len([line for line in shown.stdout.splitlines() if "0.5000" in line]) == 2
 
 
+def test_the_rounds_of_a_run_are_shown_with_what_is_known_of_them(atoll, running):
+    run = a_run(running, "gated", stage="gate", ended_at=time.time())
+    with running.hub.context.store.begin() as connection:
+        known = {"bytes_up": 2**20, "bytes_down": 512, "drawn": 5, "accuracy": 0.625}
+        mine = rounds.c.run == run
+        connection.execute(update(rounds).where(mine, rounds.c.round == 1).values(known))
+        lost = {"survivors": [], "lost": True, "loss": None}
+        connection.execute(update(rounds).where(mine, rounds.c.round == 2).values(lost))
+    shown = [line.split() for line in atoll("plan", "show", run).stdout.splitlines()]
+    assert ["rounds", "1", "of", "2", "rounds,", "1", "lost"] in shown
+    first = ["1", "1.5", "2", "of", "5", "0.5000", "62.5%", "–", "1.0", "MiB", "512", "B"]
+    assert first in shown
+    assert ["2", "1.5", "0", "of", "1", "–", "–", "–", "–", "–", "lost"] in shown
+
+
+def test_a_record_is_printed_and_lists_of_runs_are_spared_it(atoll, running):
+    run = a_run(running, "gated", record={"seed": 11}, ended_at=time.time())
+    told = json.loads(atoll("plan", "record", run).stdout)
+    assert (told["run"], told["seed"], len(told["rounds"])) == (run, 11, 2)
+    assert "record" not in json.loads(atoll("plan", "show", run, "--json").stdout)
+    assert all("record" not in one for one in json.loads(atoll("plan", "list", "--json").stdout))
+    unknown = atoll("plan", "record", "no-such-run")
+    assert unknown.exit_code == 1
+    assert "no-such-run" in unknown.stderr
+
+
 def test_watching_a_run_ends_as_the_run_did(atoll, running):
     gated = a_run(running, "gated", stage="gate", ended_at=time.time())
     said = atoll("plan", "show", gated, "--watch")

@@ -16,7 +16,7 @@ from atoll.federation.errors import BadGroups, BadPlan
 from atoll.federation.task import NO_GROUP, groups_of
 from atoll.fleet import bundle as bundles
 from atoll.fleet import queries
-from atoll.server import fairness
+from atoll.server import fairness, policy
 from atoll.server.recording import MemoryRecorder
 
 
@@ -82,6 +82,10 @@ def test_accuracy_is_told_by_side_and_label_with_its_spread(done) -> None:
     assert found["site=north"]["std"] == pytest.approx(np.std(north))
     assert found["site=north"]["worst"] == min(north)
     assert "unseen" in result.facts["spread_left_out"]
+
+
+def test_gates_may_be_about_every_fact_of_a_run(done) -> None:
+    assert done[2].facts.keys() - {"gates"} <= policy.FACTS
 
 
 def test_the_card_tells_of_both_and_no_single_device_is_in_the_bundle(done) -> None:

@@ -1,5 +1,6 @@
 """The hub's store: migrations, and several writers at once."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import insert, inspect, select, text, update
 from sqlalchemy.exc import IntegrityError
 
+from atoll.server import record
 from atoll.server.errors import StoreUnusable
-from atoll.server.schema import devices, metadata, operators, runs, windows
+from atoll.server.recording import SqlRecorder
+from atoll.server.schema import devices, metadata, operators, rounds, runs, windows
 from atoll.server.store import Store, migration_config, sqlite_url
 
 Together = Callable[[int, Callable[[int], object]], None]
@@ -76,6 +79,29 @@ def test_runs_from_before_they_were_counted_were_never_taken_up(tmp_path: Path) 
     assert differences(store) == []
     with store.read() as connection:
         assert connection.execute(select(runs.c.attempt, runs.c.stalled)).all() == [(0, 0)]
+    store.close()
+
+
+def test_rounds_from_before_their_bytes_were_stored_are_kept(tmp_path: Path) -> None:
+    store = Store(sqlite_url(tmp_path / "hub.db"))
+    with store.begin() as connection:
+        command.upgrade(migration_config(connection), "0003")
+        for statement in (
+            """INSERT INTO runs (id, plan, name, model, state, reason, created_at, created_by,
+            stage, metrics) VALUES ('r', '', 'n', 'm', 'gated', '', 1, 'me', '', '{}')""",
+            "INSERT INTO rounds VALUES ('r', 1, 1, 2, '[\"a\"]', '{\"b\": \"late\"}', 0.5, NULL)",
+        ):
+            connection.execute(text(statement))
+    store.migrate()
+    assert differences(store) == []
+    [told] = SqlRecorder(store, "r", lambda: 0.0).rounds_told()
+    assert (told.survivors, dict(told.dropped), told.loss) == (("a",), {"b": "late"}, 0.5)
+    assert (told.bytes_up, told.drawn, told.lost, told.accuracy) == (0, 0, False, None)
+    with store.read() as connection:
+        assert connection.execute(select(rounds.c.bytes_up, rounds.c.lost)).all() == [(None, False)]
+        assert (
+            json.loads(record.encode(record.document(connection, "r")))["rounds"][0]["drawn"] == 2
+        )
     store.close()
 
 

@@ -15,6 +15,7 @@ from sqlalchemy import insert, select, update
 
 from atoll.server import auth, schema
 from atoll.server.sessions import CODE_SECONDS, SESSION_SECONDS, new_login_code
+from atoll.server.web_format import FILTERS
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -142,7 +143,7 @@ def test_pages_say_what_the_tables_hold(seeded):
         assert "97.14" in run
         assert "int8 within one point" in run
         plots = re.findall(r"data-plot=\"([^\"]+)\"", run)
-        assert len(plots) == 3
+        assert len(plots) == 5
         assert len(json.loads(plots[0].replace("&#34;", '"'))["x"]) == 12
         assert "every entry matches" in client.get("/audit").text
         assert "shoulder 1" in client.get("/models").text
@@ -395,3 +396,83 @@ def test_an_altered_audit_log_is_said_to_be_broken(tmp_path):
         answer = client.get("/audit")
         assert answer.status_code == 200
         assert "Entry 1 of the audit log is missing or was altered" in answer.text
+
+
+def words_of(page: str) -> str:
+    """Return what a page says, without its tags, in one line."""
+    return " ".join(re.sub(r"<[^>]+>", " ", page).split())
+
+
+def test_a_running_runs_page_tells_where_its_rounds_stand(tmp_path):
+    hub = new_hub(tmp_path)
+    token = seed(hub)["viewer"]
+    run = running(hub, rounds=5)
+    with served(hub) as url, signed_in(url, token) as client:
+        said = words_of(client.get(f"/runs/{run}").text)
+    # Five rounds of 7.8, 8.0, 7.6, 7.8, 8.0 s and 0.8 s of evaluating in one; seven to come.
+    assert f"round 6 of 12; about {round(7 * (39.2 + 0.8) / 5)} s of training left" in said
+    right = words_of(FILTERS["percent"](0.97 - 0.5 * 0.7**3))  # of round 3, the last that asked
+    assert f"loss 0.449 accuracy {right} in the last sum 8 of 8 devices ε 12.3" in said
+    assert "from devices 15.8 MiB to devices 17.2 MiB" in said
+
+
+def test_a_lost_round_is_not_one_more_than_planned(tmp_path):
+    hub = new_hub(tmp_path)
+    token = seed(hub)["viewer"]
+    run = running(hub, rounds=13)
+    with hub.store.begin() as connection:
+        r = schema.rounds.c
+        connection.execute(
+            update(schema.rounds)
+            .where(r.run == run, r.round == 2)
+            .values(survivors=[], lost=True, loss=None, accuracy=None, seconds=0.0)
+        )
+        connection.execute(
+            update(schema.runs).where(schema.runs.c.id == run).values(state="gated", stage="gate")
+        )
+    with served(hub) as url, signed_in(url, token) as client:
+        for path in (f"/runs/{run}", "/runs"):
+            said = words_of(client.get(path).text)
+            assert "12 of 12 rounds, 1 lost" in said
+            assert "13 of 12" not in said
+        assert "lost: it broke off" in client.get(f"/runs/{run}").text
+
+
+def test_rounds_from_before_they_were_counted_are_shown_without(tmp_path):
+    hub = new_hub(tmp_path)
+    token = seed(hub)["viewer"]
+    run = running(hub, rounds=3)
+    blank = ("bytes_up", "bytes_down", "clip_norm", "drawn", "connected", "accuracy", "evaluated")
+    with hub.store.begin() as connection:
+        connection.execute(update(schema.rounds).values(dict.fromkeys(blank)))
+    with served(hub) as url, signed_in(url, token) as client:
+        page = client.get(f"/runs/{run}")
+        assert page.status_code == 200
+        said = words_of(page.text)
+    assert "round 4 of 12" in said
+    assert "8 of 8 devices" in said
+    assert "from devices –" in said
+    assert "Accuracy on held-back" not in said
+
+
+def test_the_norm_that_adapted_is_shown_with_where_it_began(tmp_path):
+    hub = new_hub(tmp_path)
+    token = seed(hub)["viewer"]
+    run = running(hub, rounds=2)
+    with hub.store.begin() as connection:
+        plan = hub_plan(connection, run).replace("[privacy]", '[privacy]\nclip = "adaptive"')
+        mine = schema.runs.c.id == run
+        connection.execute(update(schema.runs).where(mine).values(plan=plan))
+        r = schema.rounds.c
+        connection.execute(
+            update(schema.rounds).where(r.run == run, r.round == 2).values(clip_norm=0.625)
+        )
+    with served(hub) as url, signed_in(url, token) as client:
+        said = words_of(client.get(f"/runs/{run}").text)
+    assert "clip 0.625 adapted from 1" in said
+    assert "Clipping norm" in said
+
+
+def hub_plan(connection, run: str) -> str:
+    query = select(schema.runs.c.plan).where(schema.runs.c.id == run)
+    return connection.execute(query).scalar_one()

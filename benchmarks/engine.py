@@ -1,0 +1,150 @@
+"""What a round of the in-process engine costs for each device beside its training.
+
+    python -m benchmarks.engine [--json] [--parameters 8000,1000000] [--devices 50] [--rounds 5]
+
+A round of a plan in the clear with a client that does nothing: it reads what it was sent and
+answers with zeros, which are checked, laid out, carried, checked again and added like any update.
+So the figure holds all that the engine does for a client update, and each device's share of what
+it does once in a round: the least of several rounds' seconds, divided by the devices.
+
+Two things are told beside it. What a device does to a real update before it can be summed, which
+is to clip it, to round it at random and to write it as integers; a client pays for that, as it
+pays for training. And, where it is installed, the same by Flower's simulation on Ray, whose client
+returns the arrays that it was sent (:mod:`benchmarks.peer_flower_overhead`).
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from atoll.federation import local_update, messages, plan, release, rounds
+from atoll.federation.engine import InProcessGrid
+from atoll.federation.riders import Riders
+from atoll.privacy.keystream import Keystream
+from atoll.privacy.modes import hub_session
+from atoll.privacy.plain import PlainParty
+from atoll.privacy.sums import Integers
+from benchmarks.rows import Row, best_of, report
+
+GOALS: Final = {8_000: 0.5, 1_000_000: 3.0}
+"""Milliseconds a client update, by the number of parameters."""
+
+_PLAN: Final = """
+name = "overhead"
+task = "nothing"
+model = "nothing"
+rounds = {rounds}
+cohort = {{ min_devices = {devices} }}
+privacy = {{ mode = "plain", noise_multiplier = 0.0 }}
+"""
+
+
+def idle(device: str, term: Integers) -> ClientApp:
+    """Return a ClientApp that always comes to ``term``, int64, and has it already."""
+    app = ClientApp()
+
+    @app.train()
+    def contribute(message: Message, _: Context) -> Message:
+        ask = messages.unpack(message.content, messages.SumAsk)
+        messages.unpack(message.content, messages.TrainAsk)
+        # One that remembered its answer would keep a copy of it for every device.
+        answer = PlainParty(device).answer(ask.spec, ask.phase, ask.payload, term)
+        content = messages.pack(messages.SumReply(payload=answer), messages.TrainReply(loss=0.0))
+        return Message(content, reply_to=message)
+
+    return app
+
+
+def plan_of(devices: int, count: int) -> plan.Plan:
+    """Return a plan of ``count`` rounds in which every device counts."""
+    return plan.loads(_PLAN.format(rounds=count, devices=devices))
+
+
+def seconds_a_round(parameters: int, devices: int, count: int) -> list[float]:
+    """Return what each of ``count`` rounds of the engine took; every update must be in each."""
+    names = [f"device-{number}" for number in range(devices)]
+    members = {name: rounds.Member(number + 1, b"") for number, name in enumerate(names)}
+    cohort = rounds.Cohort(members, names, names)
+    term = np.zeros(parameters, np.int64)
+    grid = InProcessGrid({member.node_id: idle(name, term) for name, member in members.items()})
+    ends: list[float] = []
+
+    def on_round(done: rounds.RoundReport) -> None:
+        ends.append(time.perf_counter())
+        assert len(done.survivors) == devices, done.dropped
+
+    began = time.perf_counter()
+    rounds.run_rounds(
+        grid,
+        plan_of(devices, count),
+        cohort,
+        hub_session("plain", {}),
+        lambda *_: None,
+        on_round,
+        np.zeros(parameters, np.float32),
+        run="benchmark",
+        clock=grid.clock,
+    )
+    return list(np.diff([began, *ends]))
+
+
+def encoding(parameters: int, devices: int) -> float:
+    """Return the seconds that a device takes to make a term of a change."""
+    the_plan = plan_of(devices, 1)
+    change = np.random.default_rng(0).normal(size=parameters).astype(np.float32)
+    spec = release.update_spec(the_plan, the_plan.privacy.clip_norm)
+    riders, rng = Riders.of(the_plan), Keystream.replayable(0)
+    return best_of(lambda: local_update.encoded(change, 1, 1, the_plan.training, riders, spec, rng))
+
+
+def rows(parameters: Sequence[int], devices: int, count: int) -> list[Row]:
+    """Measure every size of model."""
+    found = []
+    for size in parameters:
+        ours = 1e3 * min(seconds_a_round(size, devices, count)) / devices
+        goal = GOALS.get(size)
+        case = f"{size:,} parameters, {devices} devices"
+        found.append(
+            Row(
+                case=case,
+                metric="engine, a client update",
+                unit="ms",
+                ours=ours,
+                goal=goal,
+                met=None if goal is None else ours <= goal,
+            )
+        )
+        found.append(
+            Row(
+                case=case,
+                metric="device, from a change to its term",
+                unit="ms",
+                ours=1e3 * encoding(size, devices),
+            )
+        )
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
+    parser.add_argument("--parameters", type=_numbers, default=list(GOALS))
+    parser.add_argument("--devices", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args(arguments)
+    return report(rows(given.parameters, given.devices, given.rounds), given.json)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
