@@ -28,6 +28,9 @@ update. The device keeps what it sent after clipping, so that clipping leaves c 
 device sends cᵢ⁺ - ρ·cᵢ and the hub takes c⁺ = ρ·c + mean; with everybody taking part c is still
 the mean of the cᵢ, and what noise has put in fades by ρ a round. ρ = 1 is the paper's.
 
+**Single examples** under ``privacy.examples`` are protected as without: a device's variate is made
+of noised gradients and added to such (Noble, Bellet and Dieuleveut, AISTATS 2022).
+
 A running statistic has no gradient: its part of every control variate stays zero. A device that
 has lost its cᵢ begins at zero again. Until c forgets the lost one, c is off the mean by cᵢ/N, and
 the model settles where the gradients' sum is off by as much; without noise c never forgets it.

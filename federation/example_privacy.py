@@ -78,6 +78,8 @@ def train(
     training: Training,
     privacy: ExamplePrivacy,
     stream: Keystream,
+    *,
+    correction: Vector | None = None,
 ) -> Trained:
     """Run DP-SGD from ``weights``; every secret draw is from ``stream``, fresh on a device.
 
@@ -97,6 +99,7 @@ def train(
         batches=(poisson(rows, rate, stream) for _ in range(privacy.steps)),
         noise=lambda count: discrete_gaussian(sigma, count, stream),
         seed=seed,
+        correction=correction,
     )
 
 
@@ -118,9 +121,12 @@ def descend(
     batches: Iterable[Indices],
     noise: Noise,
     seed: int,
+    correction: Vector | None = None,
 ) -> Trained:
     """Take one step per batch; :func:`train` with the draws given.
 
+    ``correction`` ``(n,)`` is added to each noised gradient (:mod:`atoll.federation.control`). It
+    costs nothing more, being made of what earlier noised steps came to.
     A batch is worked on ``training.batch_size`` examples at a time. An empty one is a step of
     noise alone. An example whose loss or gradient is not finite counts as zero.
     """
@@ -130,7 +136,7 @@ def descend(
     with few_threads(), torch.random.fork_rng(devices=[]), _expected_warnings():
         torch.manual_seed(seed)
         # Before the hub's weights: with those it likes, gradients might be 0 and faults unseen.
-        shape, sgd = examples.x.shape[1:], Sgd(model, training)
+        shape, sgd = examples.x.shape[1:], Sgd(model, training, correction)
         clipping = _Clipping(model, shape, sgd, privacy, rows, noise)
         unflatten(model, weights)
         x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)

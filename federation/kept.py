@@ -117,7 +117,13 @@ class Carried:
         return after if 0 < number <= counted else before
 
     def put(self, number: int, before: Vector, after: Vector) -> None:
-        """Keep ``after``, which is the value if round ``number`` counts, and ``before`` if not."""
+        """Keep ``after``, which is the value if round ``number`` counts, and ``before`` if not.
+
+        Of a round that was asked again the first answer is the one that counts, so that is kept.
+        """
+        known = self._read()
+        if known is not None and known[0] == number:
+            return
         body = io.BytesIO()
         np.savez(body, number=np.array(number), before=before, after=after)
         self._kept.save(self._run, self._name, body.getvalue())

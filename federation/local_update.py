@@ -72,15 +72,17 @@ def make(
     examples, how = task.load(data, "train"), training_of(work)
     carried = Carried(kept, ask.run, CONTROL)
     variates = _control(work, carried.as_of(ask.counted, lambda: np.zeros_like(before)), before)
+    correction = shape.alone(variates.correction) if variates else None
     if work.example_steps:
         # Imported here: it loads Opacus, for which a device without this mode does not pay.
         from atoll.federation import example_privacy
 
         protected, secret = _example_privacy(work), Keystream.fresh()
-        done = example_privacy.train(model, start, examples, how, protected, secret)
+        done = example_privacy.train(
+            model, start, examples, how, protected, secret, correction=correction
+        )
     else:
         ended = _ended(work.seconds, now)
-        correction = shape.alone(variates.correction) if variates else None
         done = training.train(model, start, examples, how, seed, ended=ended, correction=correction)
     rows = len(examples.y)
     # Without noise there is nothing to keep secret in the rounding, and a seed makes the run

@@ -440,11 +440,6 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "training.step_cap evens out devices of unequal steps, and under "
                 "[privacy.examples] all take privacy.examples.steps: leave training.step_cap out"
             )
-        if self.training.control_steps is not None and self.privacy.examples is not None:
-            raise ValueError(
-                "control variates for [privacy.examples] are not there yet: leave "
-                "training.control_steps out"
-            )
         if self.training.deadline is not None and self.privacy.examples is not None:
             raise ValueError(
                 "training.deadline ends local epochs, and under [privacy.examples] a device "

@@ -6,18 +6,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from blobs import Blobs
+from blobs import Blobs, write
 from cohorts import Fleet, fleet, plan_of, varied
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from atoll.federation import control, local_update, parameters, plan, release, training
+from atoll.federation import (
+    control,
+    example_privacy,
+    local_update,
+    parameters,
+    plan,
+    release,
+    training,
+)
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.control import Control
 from atoll.federation.errors import BadPlan
 from atoll.federation.kept import Carried, KeptHere
-from atoll.federation.plan import Training
+from atoll.federation.plan import ExamplePrivacy, Training
 from atoll.federation.rounds import RoundReport
 from atoll.federation.task import Examples, Split
 from atoll.privacy import update
@@ -396,6 +404,47 @@ def test_a_term_of_twice_the_length_has_to_fit_its_bits(tmp_path: Path) -> None:
     trio(tmp_path / "b").run(controlled(privacy={"bits": 4}, control_steps=None, count=1))
 
 
+class Smooth(Fewer):
+    """Without statistics of batches, so that single examples can be protected."""
+
+    def model(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return nn.Linear(2, 2)
+
+
+def test_steps_that_protect_examples_are_corrected_too(tmp_path: Path) -> None:
+    examples, how = Blobs().load(write(tmp_path, 3), "train"), Training(learning_rate=0.1)
+    start = parameters.flatten(Smooth(1).model(1))
+    correction = np.linspace(-2, 2, len(start), dtype=np.float32)
+    done = example_privacy.descend(
+        Smooth(1).model(2),
+        start,
+        examples,
+        how,
+        ExamplePrivacy(noise_multiplier=1.0, clip_norm=100.0, sampling_rate=1.0, steps=6),
+        batches=[np.arange(60)] * 6,
+        noise=lambda count: np.zeros(count, np.int64),
+        seed=0,
+        correction=correction,
+    )
+    full = Training(local_epochs=6, batch_size=60, learning_rate=0.1)
+    wanted = training.train(Smooth(1).model(2), start, examples, full, 1, correction=correction)
+    assert done.weights == pytest.approx(wanted.weights, abs=2e-4)
+    assert np.abs(wanted.weights - start).max() > 0.1
+
+
+def test_variates_of_protected_examples_have_the_hubs_as_their_mean(tmp_path: Path) -> None:
+    tasks: dict[str, Blobs] = {name: Smooth(steps) for name, steps in STEPS.items()}
+    here, checkpoints = fleet(tmp_path, 3, tasks), Checkpoints(tmp_path / "run")
+    protected = ExamplePrivacy(noise_multiplier=1.0, clip_norm=1.0, sampling_rate=0.5, steps=4)
+    the_plan = controlled(privacy={"examples": protected})
+    here.run(the_plan, checkpoints=checkpoints, task=Smooth(1))
+    own, shared = owns_of(here, checkpoints)
+    assert np.abs(own).max() > 0.01
+    assert shared == pytest.approx(own.mean(axis=0), abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
@@ -409,13 +458,6 @@ def test_a_term_of_twice_the_length_has_to_fit_its_bits(tmp_path: Path) -> None:
                 'rule = "median"\nbyzantine = 1\n[cohort]\nmin_devices = 5'
             ),
             "leave control_steps and step_cap out",
-        ),
-        (
-            (
-                "[training]\ncontrol_steps = 3\n[privacy.examples]\nnoise_multiplier = 1.0\n"
-                "clip_norm = 1.0\nsampling_rate = 0.1\nsteps = 5"
-            ),
-            "not there yet",
         ),
     ],
 )

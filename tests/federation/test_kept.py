@@ -60,6 +60,13 @@ def test_a_device_begins_with_what_is_fresh_and_again_when_its_file_is_damaged(t
     assert carried.as_of(1, lambda: vector(9)) == 9
 
 
+def test_of_a_round_asked_again_the_first_answer_is_kept(tmp_path: Path):
+    carried = Carried(KeptFiles(tmp_path), "run", "control")
+    carried.put(2, vector(1), vector(2))
+    carried.put(2, vector(1), vector(3))
+    assert carried.as_of(2, lambda: vector(0)) == 2
+
+
 def test_a_value_survives_its_process(tmp_path: Path):
     Carried(KeptFiles(tmp_path), "run", "residual").put(3, vector(1), vector(2))
     again = Carried(KeptFiles(tmp_path), "run", "residual")
