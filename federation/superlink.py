@@ -100,11 +100,14 @@ async def _directly(self: BaseHTTPMiddleware, scope: Scope, receive: Receive, se
 
 
 class _Held(NamedTuple):
-    """A message that was handed over, until its node says that it has come."""
+    """A message that was handed over, until its node says that it has come.
+
+    ``parts`` are the answer's. What the store keeps for many nodes, the weights, is here once.
+    """
 
     message: str
     run: int
-    bundle: bytes
+    parts: Sequence[bytes]
 
 
 _held: dict[int, _Held] = {}
@@ -142,7 +145,7 @@ async def fetch(request: Request) -> Response:
     while True:
         news.clear()
         if node in _held:
-            return Response(_held[node].bundle)
+            return Response(frames.pack({}, _held[node].parts))
         found = await run_in_threadpool(
             fleet_handlers.pull_messages, asked, state, state.object_store
         )
@@ -152,12 +155,12 @@ async def fetch(request: Request) -> Response:
         with suppress(TimeoutError):
             await asyncio.wait_for(news.wait(), left)
     parts = await _parts(found, asked, state) if found.messages_list else []
-    bundle = frames.pack({}, [found.SerializeToString(), *parts])
+    answer = [found.SerializeToString(), *parts]
     if parts and all(parts):
         envelope, tree = found.messages_list[0], found.message_object_trees[0]
-        _held[node] = _Held(tree.object_id, envelope.metadata.run_id, bundle)
+        _held[node] = _Held(tree.object_id, envelope.metadata.run_id, answer)
         news.set()  # for a request of the same node that waits beside one that nobody reads
-    return Response(bundle)
+    return Response(frames.pack({}, answer))
 
 
 async def _parts(
@@ -175,7 +178,12 @@ async def _parts(
     ]
 
     def look() -> list[bytes]:
-        return [fleet_handlers.pull_object(one, state).object_content for one in wanted]
+        # The handler checks and counts; its answer is a copy, and the store's bytes are not.
+        here = [fleet_handlers.pull_object(one, state).object_available for one in wanted]
+        return [
+            (state.object_store.get(one.object_id) or b"") if there else b""
+            for one, there in zip(wanted, here, strict=True)
+        ]
 
     deadline = time.monotonic() + _PARTS_SECONDS
     parts = await run_in_threadpool(look)
