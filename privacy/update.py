@@ -424,7 +424,11 @@ def encode(
     unless the hub adds the noise. ``rng`` is ``Keystream.fresh()`` wherever there is noise.
     Raises :class:`BadUpdate` as :func:`quantise` does.
     """
-    clipped = quantise(update, spec, rng, weight, riders)
+    return noised(quantise(update, spec, rng, weight, riders), spec, rng)
+
+
+def noised(clipped: Clipped, spec: UpdateSpec, rng: Keystream) -> Integers:
+    """Return a device's term: with its share of the noise, unless the hub adds it."""
     if spec.placement == "central":
         return clipped.values
     return add_noise(clipped, spec, rng).values

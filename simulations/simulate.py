@@ -31,15 +31,27 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from atoll.federation import batched, control, local_update, parameters, release, rounds, training
+from atoll.federation import (
+    batched,
+    codec,
+    control,
+    layout,
+    local_update,
+    parameters,
+    release,
+    rounds,
+    training,
+)
 from atoll.federation.batched import Client
 from atoll.federation.checkpoints import Checkpoint
+from atoll.federation.codec import Sketch
 from atoll.federation.cohort import draw
 from atoll.federation.control import Control
 from atoll.federation.conversation import Learned
 from atoll.federation.errors import BadPlan, RoundFailed, Unbatchable
+from atoll.federation.layout import Layout
 from atoll.federation.parameters import Vector
-from atoll.federation.plan import Cohort, Plan, Privacy
+from atoll.federation.plan import Codec, Cohort, Layers, Plan, Privacy
 from atoll.federation.riders import Riders
 from atoll.federation.task import Task
 from atoll.federation.training import Trained
@@ -66,7 +78,7 @@ BLOCK: Final = 4096
 _HEEDED: Final = {
     Plan: {
         *("name", "task", "model", "rounds", "evaluate_every", "seed"),
-        *("training", "cohort", "privacy", "gates"),
+        *("training", "cohort", "privacy", "gates", "layers", "codec"),
     },
     Cohort: {"labels", "min_devices", "round_timeout", "sampling_rate"},
     Privacy: {
@@ -74,6 +86,8 @@ _HEEDED: Final = {
         *("clip_quantile", "clip_rate", "rider_noise_multiplier", "delta", "budget_epsilon"),
         "telemetry_noise",
     },
+    Layers: {"trained", "lora_layers", "lora_rank", "lora_alpha"},
+    Codec: {"kind", "share", "error_feedback", "downlink"},
 }
 """What a simulation knows how to do; another field must have its default."""
 
@@ -111,17 +125,21 @@ class Ended:
     reason: str
 
 
+Train = Callable[[Vector, Iterable[Client]], Iterator[Trained]]
+
+
 class Trainer(NamedTuple):
     """How devices train: weights and clients to what they come to, in order."""
 
-    train: Callable[[Vector, Iterable[Client]], Iterator[Trained]]
+    train: Train
     engine: Literal["batched", "one by one"]
     reason: str = ""
 
 
 def trainer_of(task: Task, plan: Plan) -> Trainer:
     """Return the batched trainer, or the device's own where that is faster or the only one."""
-    model, settings = task.model(plan.seed), plan.training
+    shape, settings = layout.of(task, plan.seed, plan.layers), plan.training
+    model = shape.model
 
     def alone(weights: Vector, clients: Iterable[Client]) -> Iterator[Trained]:
         for client in clients:
@@ -135,14 +153,33 @@ def trainer_of(task: Task, plan: Plan) -> Trainer:
             )
 
     if not batched.worthwhile(model, task.input_shape, settings, batched.default_device()):
-        return Trainer(alone, "one by one", "on a CPU that is faster for a network of this size")
+        return Trainer(
+            _of_part(shape, alone),
+            "one by one",
+            "on a CPU that is faster for a network of this size",
+        )
     try:
         batched.check(model, task.input_shape, len(task.classes), settings)
     except Unbatchable as error:
-        return Trainer(alone, "one by one", str(error))
+        return Trainer(_of_part(shape, alone), "one by one", str(error))
     return Trainer(
-        lambda weights, clients: batched.train(model, weights, clients, settings), "batched"
+        _of_part(shape, lambda weights, clients: batched.train(model, weights, clients, settings)),
+        "batched",
     )
+
+
+def _of_part(shape: Layout, train: Train) -> Train:
+    """Return what trains on all weights as what is told, and tells, of those that travel."""
+
+    def all_of(client: Client) -> Client:
+        given = client.correction
+        return client if given is None else client._replace(correction=shape.alone(given))
+
+    def on_part(weights: Vector, clients: Iterable[Client]) -> Iterator[Trained]:
+        for done in train(shape.whole(weights), map(all_of, clients)):
+            yield done._replace(weights=shape.travelling(done.weights))
+
+    return on_part
 
 
 def run(
@@ -172,10 +209,10 @@ def run(
     and :class:`RoundFailed` when updates diverge round after round.
     """
     task, population = simulated
-    model = task.model(plan.seed)
-    initial = parameters.flatten(model)
+    shape = layout.of(task, plan.seed, plan.layers)
+    model, initial = shape.model, shape.initial
     check(plan, population.size, cohort, len(initial))
-    trainer, trained = trainer_of(task, plan), parameters.mask(model)
+    trainer, trained = trainer_of(task, plan), shape.travelling(parameters.mask(model))
     own = {} if carried is None else carried
     devices = _Devices(plan, population, cohort, trainer, name, trained, own)
     ledger = Ledger(MemoryStore(), plan.model, plan.privacy.budget_epsilon, plan.privacy.delta)
@@ -212,7 +249,7 @@ def run(
             loss=heard.loss,
             epsilon=spent if math.isfinite(spent) else None,
             clip_norm=clip_norm,
-            accuracy=accuracy(model, state.result, population) if looked else None,
+            accuracy=accuracy(model, shape.whole(state.result), population) if looked else None,
         )
         state = replace(state, ended=number)
         if keep:
@@ -227,7 +264,7 @@ def run(
         state.result,
         state.trained,
         ended,
-        accuracy(model, state.result, population),
+        accuracy(model, shape.whole(state.result), population),
         devices.trainer.engine,
         devices.trainer.reason,
     )
@@ -238,7 +275,7 @@ def check(plan: Plan, size: int, cohort: int | None, length: int) -> None:
 
     ``length`` is the number of the model's parameters.
     """
-    for part in (plan, plan.cohort, plan.privacy):
+    for part in (plan, plan.cohort, plan.privacy, plan.layers, plan.codec):
         known = _HEEDED[type(part)]
         for field in msgspec.structs.fields(part):
             made = field.default_factory
@@ -247,6 +284,11 @@ def check(plan: Plan, size: int, cohort: int | None, length: int) -> None:
                 raise BadPlan(
                     f"{field.name} cannot be simulated; leave it out, or run the plan on devices"
                 )
+    if plan.codec.feedback:
+        raise BadPlan(
+            "simulated devices keep nothing, and error feedback is what a device keeps: use "
+            'codec.kind = "random-mask" without error_feedback, or run the plan on devices'
+        )
     if plan.training.deadline is not None:
         raise BadPlan(
             "simulated devices take no time that a deadline could end; leave training.deadline out"
@@ -262,7 +304,7 @@ def check(plan: Plan, size: int, cohort: int | None, length: int) -> None:
             f"({plan.cohort.min_devices}) and at most the {size} devices there are"
         )
     spec = release.update_spec(plan, plan.privacy.clip_norm)
-    modes.check(plan.privacy.mode, spec, release.values(plan, length), cohort or size)
+    modes.check(plan.privacy.mode, spec, release.rounded(plan, length), cohort or size)
     in_the_clear = msgspec.structs.replace(plan.privacy, mode="plain")
     release.check_population(msgspec.structs.replace(plan, privacy=in_the_clear), size)
 
@@ -363,13 +405,16 @@ class _Devices:
         spec = release.update_spec(plan, clip_norm)
         values = release.values(plan, len(weights))
         total: Integers = np.zeros(values + spec.riders, dtype=np.int64)
-        losses, following = [], {}
+        how, losses, following = plan.codec, [], {}
+        weights = parameters.from_bytes(parameters.to_bytes(weights, how.downlink), how.downlink)
+        places = codec.places(how, len(weights), plan.seed, self.run, number)
+        sketch = Sketch(how.kind, how.share or 1.0, places)
         for trained, client in self._trained(number, weights, drawn, shared):
             change, mine = trained.weights - weights, client.control
             reach = control.reach(trained.steps, plan.training)
             sent = mine.sent(change, reach, self.trained) if mine else change
             try:
-                total += _term(sent, trained.steps, client, spec, plan)
+                total += _term(sent, trained.steps, client, spec, plan, sketch)
             except BadUpdate:
                 continue
             losses.append(trained.loss)
@@ -383,6 +428,7 @@ class _Devices:
         mean, shared = control.following(
             plan, riders.mean(sums, spec, devices), shared, devices / size
         )
+        mean = codec.spread(how, mean, places, len(weights))
         learned = Learned(mean, riders.next_clip_norm(plan, clip_norm, sums, devices), shared)
         self.own.update(following)
         return _Heard(learned, len(losses), float(np.mean(losses)))
@@ -430,7 +476,12 @@ def name_of(device: int) -> str:
 
 
 def _term(
-    sent: Vector | npt.NDArray[np.float64], steps: int, told: _Told, spec: UpdateSpec, plan: Plan
+    sent: Vector | npt.NDArray[np.float64],
+    steps: int,
+    told: _Told,
+    spec: UpdateSpec,
+    plan: Plan,
+    sketch: Sketch,
 ) -> Integers:
     """Return a device's term."""
     how = plan.training
@@ -442,4 +493,5 @@ def _term(
         Riders.of(plan),
         spec,
         Keystream.replayable(told.seed),
-    )
+        sketch,
+    ).term
