@@ -1,7 +1,7 @@
 """Asynchronous rounds: updates are folded in as they come, and so many of them make a step.
 
     run_buffered(grid, plan, cohort, session, charge, on_round, initial, *, run,
-                 checkpoints=None, clock=SYSTEM_CLOCK, entropy=None, left_out=nobody) -> Outcome
+                 checkpoints=None, clock=SYSTEM_CLOCK, entropy=None, left_out=None) -> Outcome
 
 FedBuff (Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022).
 The hub keeps ``concurrency`` devices training, each on the weights that there were when it was
@@ -78,12 +78,13 @@ def run_buffered(
     checkpoints: Checkpoints | None = None,
     clock: Clock = SYSTEM_CLOCK,
     entropy: Keystream | None = None,
+    left_out: selection.LeftOut | None = None,
     frozen: str = "",
-    left_out: selection.LeftOut = selection.nobody,
 ) -> Outcome:
     """Run the plan's steps; arguments and errors are those of ``rounds.run_rounds``."""
     if plan.asynchrony is None:
         raise BadPlan("a plan without [asynchrony] runs in rounds")
+    left_out = selection.judged(plan.cohort.rule, left_out)
     setting = Setting(grid, plan, cohort, run, clock, entropy or Keystream.fresh(), frozen)
     state = (checkpoints.load(run) if checkpoints else None) or Checkpoint.fresh(run, initial)
     _check(plan, cohort, len(initial))

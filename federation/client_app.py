@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, Protocol
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from atoll.federation import local_update, messages, personal
+from atoll.federation import local_update, messages
 from atoll.federation.errors import BadMessage
 from atoll.federation.kept import RUNS, Kept, KeptHere
 from atoll.federation.task import Task
@@ -133,6 +133,8 @@ def build(
         _check_task(task, ask.task)
         if ask.split != "test":
             raise BadMessage("a device evaluates on its held-back examples alone")
+        from atoll.federation import personal  # loads torch, which a waiting device need not hold
+
         return _reply(message, personal.evaluate(task, data, ask, kept))
 
     @app.query()

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from atoll.federation import codec, control, messages, parameters, personal, training
+from atoll.federation import codec, control, messages, parameters
 from atoll.federation.codec import WHOLE, Sketch
 from atoll.federation.control import Control
 from atoll.federation.errors import BadMessage
@@ -61,6 +61,9 @@ def make(
     :class:`atoll.federation.errors.BadPlan` for layers that the model lacks, and
     :class:`atoll.privacy.errors.BadUpdate`.
     """
+    # Imported here: they load torch, which a device that waits for a round need not hold.
+    from atoll.federation import personal, training
+
     seed = training.local_seed(work.seed, ask.run, ask.round, ask.party)
     before = parameters.from_bytes(work.weights, work.downlink)
     mine = personal.Mine.of(task, work.seed, work.layers, work.frozen, kept, ask.run)

@@ -26,7 +26,7 @@ _CANDIDATES: Final = 4 * GOLDEN_INPUTS
 _SLACK: Final = 2.0
 _LEAST_TOLERANCE: Final = 0.01
 """Of the outputs' spread: what an exact model may differ by on another processor."""
-_NOT_SHIPPED: Final = {"rounds", "by_device", "cohort"}
+_NOT_SHIPPED: Final = {"rounds", "turns", "by_device", "cohort"}
 """Facts of a run that stay at the hub."""
 
 

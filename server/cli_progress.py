@@ -17,7 +17,7 @@ POLL_SECONDS: Final = 1.0
 PATIENCE: Final = 60.0
 """Seconds for which a hub that is being restarted may be silent."""
 
-TABLED: Final = ("cohort", "fairness", "spread", "spread_left_out")
+TABLED: Final = ("cohort", "fairness", "spread", "spread_left_out", "turns")
 """Facts that :mod:`atoll.server.cli_cohorts` shows."""
 
 Run = Mapping[str, Any]

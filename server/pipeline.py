@@ -63,7 +63,7 @@ class Job:
     rules: Sequence[Rule] = policy.RULES
     clock: Clock = SYSTEM_CLOCK
     attempt: int = 1
-    left_out: Callable[[], Mapping[str, str]] = dict
+    left_out: Callable[[], Mapping[str, str]] | None = None
     """Says which trainers may not train now by ``cohort.rule``, and why."""
 
     @property
@@ -130,6 +130,8 @@ def run(
     digests = {"in": record.of_weights(initial), "out": record.of_weights(weights)}
     recorder.record({"weights": digests})
     if outcome.turns:  # "known" are those that were asked to train
+        turns = [outcome.turns.get(name, 0) for name in job.cohort.trainers]
+        note(turns={"devices": len(turns), "fewest": min(turns), "most": max(turns)})
         asked = [name for name in job.cohort.trainers if name in outcome.turns]
         job = replace(job, cohort=replace(job.cohort, trainers=asked))
     recorder.stage("evaluate")
@@ -279,19 +281,22 @@ def _train(
     return outcome
 
 
-def _left_out(job: Job, note: Callable[..., None]) -> Callable[[], Collection[str]]:
-    """Return who may not train now, noting it in the run's facts when it changes."""
+def _left_out(job: Job, note: Callable[..., None]) -> Callable[[], Collection[str]] | None:
+    """Return what says who may not train now, noting it in the run's facts when it changes."""
+    rule, look_up = job.plan.cohort.rule, job.left_out
+    if rule is None or look_up is None:
+        return None
     noted: dict[str, Mapping[str, str]] = {}
 
     def look() -> Collection[str]:
-        found = {name: why for name, why in job.left_out().items() if name in job.cohort.trainers}
-        if job.plan.cohort.rule is not None and noted.get("now") != found:
+        found = {name: why for name, why in look_up().items() if name in job.cohort.trainers}
+        if noted.get("now") != found:
             noted["now"] = found
             trainers = len(job.cohort.trainers)
             listed = dict(list(found.items())[:LISTED])
             note(
                 cohort={
-                    "rule": job.plan.cohort.rule,
+                    "rule": rule,
                     "trainers": trainers,
                     "eligible": trainers - len(found),
                     "left_out": listed,

@@ -76,7 +76,7 @@ FACTS: Final = frozenset(
         *("accuracy", "by_device", "cohort", "confusion", "delta", "devices", "epsilon"),
         *("fairness", "fine_tuned", "golden", "layers", "loss", "model", "privacy", "profile"),
         *("rounds", "rows"),
-        *("spread", "spread_left_out"),
+        *("spread", "spread_left_out", "turns"),
     }
 )
 """What a rule may be about: the names of a run's facts."""

@@ -16,9 +16,9 @@ import mortal
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, Hub, wait_for
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from links import HERE, Hub, wait_for
 from sqlalchemy import insert
 
 from atoll.federation import parameters, plan, rounds

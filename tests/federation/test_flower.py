@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from blobs import Blobs, write
-from conftest import Hub, wait_for
+from links import Hub, wait_for
 
 from atoll.federation import client_app
 from atoll.federation.errors import LinkError

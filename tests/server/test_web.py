@@ -128,6 +128,21 @@ def test_a_fragment_is_the_page_without_its_frame(seeded):
         assert part.strip() in re.sub(r"\s+(?=</body>)", "", whole)
 
 
+def test_a_runs_page_says_how_devices_and_groups_fare_and_who_was_left_out(seeded):
+    _, url, tokens = seeded
+    with signed_in(url, tokens["viewer"]) as client:
+        run = client.get(f"/runs/{RELEASED_RUN}").text
+        assert "7 of 8 devices may train by" in run
+        assert "<td>device.power = battery</td>" in run
+        assert re.search(r"known</th><td[^>]*>8</td><td[^>]*>97\.0", run)
+        assert "Not shown: unseen (2 devices, fewer than" in run
+        assert re.search(r"Equalised odds, difference</th><td[^>]*>0\.081", run)
+        assert "Equalised odds can be told of 6 of 7 classes" in run
+        device = client.get("/devices/watch-05").text
+        assert "<dt>Power</dt><dd>battery</dd>" in device
+        assert "512 or more to train on" in device
+
+
 def test_pages_say_what_the_tables_hold(seeded):
     _, url, tokens = seeded
     with signed_in(url, tokens["viewer"]) as client:
