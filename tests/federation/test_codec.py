@@ -285,11 +285,10 @@ def test_a_device_does_not_say_which_are_its_largest_where_terms_are_hidden(tmp_
     work, ask = asks(TOP, "secagg")
     with pytest.raises(Refused, match="largest"):
         local_update.make(Blobs(), data, work, ask, KeptHere())
+    ask = msgspec.structs.replace(ask, mode="plain")
     noisy = msgspec.structs.replace(work, noise_multiplier=1.0)
     with pytest.raises(Refused, match="would not hide"):
-        local_update.make(
-            Blobs(), data, noisy, msgspec.structs.replace(ask, mode="plain"), KeptHere()
-        )
+        local_update.make(Blobs(), data, noisy, ask, KeptHere())
     bare = msgspec.structs.replace(noisy, noise="central")
     term, _ = local_update.make(Blobs(), data, bare, ask, KeptHere())
     assert np.count_nonzero(term) == codec.count(LENGTH, 0.1)
