@@ -30,7 +30,7 @@ lint: ## style, types, import rule
 
 bench: ## measure what is claimed about speed and size, beside its peers; NAME=noise: that one alone
 	@$(PYTHON) .ci/setup.py all test
-	@for name in $(or $(NAME),noise secure_sum private_round simulation); do COLUMNS=200 $(BIN)/python -m benchmarks.$$name || exit 1; done
+	@for name in $(or $(NAME),noise secure_sum private_round simulation engine aggregation fleet_round); do COLUMNS=200 $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 build: ## wheel and sdist into dist/
 	@$(PYTHON) .ci/setup.py all test

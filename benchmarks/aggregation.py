@@ -154,6 +154,11 @@ def ours(parameters: int, updates: int, noise: float) -> Took:
     return Took(folding + process.cpu_time(mean)[1], most - before)
 
 
+def both(parameters: int, updates: int, noise: float) -> tuple[Took, Rate]:
+    """Return what a cohort took, and then the rate; a process that is new grows as it should."""
+    return ours(parameters, updates, noise), rate(parameters, updates, noise)
+
+
 def folded(
     hub: PlainHub, names: Sequence[str], values: Sequence[memoryview]
 ) -> tuple[Total, float]:
@@ -200,26 +205,30 @@ def flowers(parameters: int, updates: int) -> Took:
     return Took(seconds, most - before)
 
 
+def wanted(parameters: int, updates: int) -> bool:
+    """Tell whether goals are set for such a cohort."""
+    return parameters == MILLION and updates == COHORT
+
+
 def rows(parameters: int, updates: int) -> list[Row]:
     """Measure both kinds of terms, and the peer."""
     theirs = process.apart(flowers, parameters, updates)
-    wanted = parameters == MILLION and updates == COHORT
+    goals = wanted(parameters, updates)
     found = []
     for noise, what in ((0.0, "16 bits, no noise"), (1.0, "16 bits, noise z = 1")):
         case = f"{updates:,} updates of {parameters:,} parameters, {what}"
-        speed = process.apart(rate, parameters, updates, noise)
-        mine = process.apart(ours, parameters, updates, noise)
+        mine, speed = process.apart(both, parameters, updates, noise)
         _, spec = specs(parameters, updates, noise)
         model, arrives = 4 * parameters, terms.dtype(spec.bound).itemsize * parameters
         found += [
             _row(case, "hub, add an update", "ms", 1e3 * speed.ours, 1e3 * speed.added,
-                 "float32 +=", 1e3 * speed.added / SHARE if wanted else None),
+                 "float32 +=", 1e3 * speed.added / SHARE if goals else None),
             _row(case, "aggregate a cohort", "s", mine.seconds, theirs.seconds, _FLOWER,
-                 theirs.seconds / FASTER if wanted else None),
+                 theirs.seconds / FASTER if goals else None),
             _row(case, "memory, against the peer", "MB", mine.memory / 1e6, theirs.memory / 1e6,
-                 _FLOWER, theirs.memory / 1e6 / LEANER if wanted else None),
+                 _FLOWER, theirs.memory / 1e6 / LEANER if goals else None),
             _row(case, "memory, against two models and an update", "MB", mine.memory / 1e6,
-                 None, None, (2 * model + arrives) / 1e6 if wanted else None),
+                 None, None, (2 * model + arrives) / 1e6 if goals else None),
         ]  # fmt: skip
     few = min(10, updates)
     case = f"{updates:,} updates of {parameters:,} parameters, in-process engine"

@@ -1,22 +1,28 @@
 """What a round of the in-process engine costs for each device beside its training.
 
     python -m benchmarks.engine [--json] [--parameters 8000,1000000] [--devices 50] [--rounds 5]
+                                [--alone]
 
 A round of a plan in the clear with a client that does nothing: it reads what it was sent and
 answers with zeros, which are checked, laid out, carried, checked again and added like any update.
 So the figure holds all that the engine does for a client update, and each device's share of what
-it does once in a round: the least of several rounds' seconds, divided by the devices.
+it does once in a round: the least of several rounds' seconds, divided by the devices. Seconds are
+CPU time, since nothing here ever waits.
 
 Two things are told beside it. What a device does to a real update before it can be summed, which
 is to clip it, to round it at random and to write it as integers; a client pays for that, as it
-pays for training. And, where it is installed, the same by Flower's simulation on Ray, whose client
-returns the arrays that it was sent (:mod:`benchmarks.peer_flower_overhead`).
+pays for training. And the same by Flower's simulation on Ray, whose client returns the arrays that
+it was sent (:mod:`benchmarks.peers.flower_ray`), in an environment of its own and by the clock,
+since it works in many processes; ``--alone`` leaves it out.
 """
 
 import argparse
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -30,10 +36,14 @@ from atoll.privacy.keystream import Keystream
 from atoll.privacy.modes import hub_session
 from atoll.privacy.plain import PlainParty
 from atoll.privacy.sums import Integers
-from benchmarks.rows import Row, best_of, report
+from benchmarks.peers import environments
+from benchmarks.process import least_cpu_time
+from benchmarks.rows import Row, report
 
 GOALS: Final = {8_000: 0.5, 1_000_000: 3.0}
 """Milliseconds a client update, by the number of parameters."""
+
+_REPEATS: Final = 5
 
 _PLAN: Final = """
 name = "overhead"
@@ -66,20 +76,23 @@ def plan_of(devices: int, count: int) -> plan.Plan:
     return plan.loads(_PLAN.format(rounds=count, devices=devices))
 
 
-def seconds_a_round(parameters: int, devices: int, count: int) -> list[float]:
-    """Return what each of ``count`` rounds of the engine took; every update must be in each."""
+def seconds_a_round(parameters: int, devices: int, count: int, value: int = 0) -> list[float]:
+    """Return the CPU time of each of ``count`` rounds; every update must be in each of them.
+
+    An update is ``parameters`` times ``value``.
+    """
     names = [f"device-{number}" for number in range(devices)]
     members = {name: rounds.Member(number + 1, b"") for number, name in enumerate(names)}
     cohort = rounds.Cohort(members, names, names)
-    term = np.zeros(parameters, np.int64)
+    term = np.full(parameters, value, np.int64)
     grid = InProcessGrid({member.node_id: idle(name, term) for name, member in members.items()})
     ends: list[float] = []
 
     def on_round(done: rounds.RoundReport) -> None:
-        ends.append(time.perf_counter())
+        ends.append(time.process_time())
         assert len(done.survivors) == devices, done.dropped
 
-    began = time.perf_counter()
+    began = time.process_time()
     rounds.run_rounds(
         grid,
         plan_of(devices, count),
@@ -91,7 +104,7 @@ def seconds_a_round(parameters: int, devices: int, count: int) -> list[float]:
         run="benchmark",
         clock=grid.clock,
     )
-    return list(np.diff([began, *ends]))
+    return [float(seconds) for seconds in np.diff([began, *ends])]
 
 
 def encoding(parameters: int, devices: int) -> float:
@@ -100,14 +113,40 @@ def encoding(parameters: int, devices: int) -> float:
     change = np.random.default_rng(0).normal(size=parameters).astype(np.float32)
     spec = release.update_spec(the_plan, the_plan.privacy.clip_norm)
     riders, rng = Riders.of(the_plan), Keystream.replayable(0)
-    return best_of(lambda: local_update.encoded(change, 1, 1, the_plan.training, riders, spec, rng))
+    how = the_plan.training
+    return least_cpu_time(
+        lambda: local_update.encoded(change, 1, 1, how, riders, spec, rng), _REPEATS
+    )[1]
 
 
-def rows(parameters: Sequence[int], devices: int, count: int) -> list[Row]:
-    """Measure every size of model."""
+def flowers(parameters: int, devices: int, count: int) -> float | None:
+    """Return the seconds of a round of Flower on Ray, the least of several; none without it."""
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder) / "weights.npy", np.zeros(parameters, np.float32))
+        given = {
+            "folder": folder,
+            "work": "echo",
+            "clients": devices,
+            "warm": 1,
+            "rounds": count,
+            "actors": os.cpu_count(),
+            "threads": 1,
+        }
+        try:
+            said = environments.run("flower-ray", environments.FOLDER / "flower_ray.py", given)
+        except environments.PeerMissing as error:
+            print(f"Flower on Ray: left out; {error}", file=sys.stderr)
+            return None
+    return min(float(seconds) for seconds in said["seconds"])
+
+
+def rows(parameters: Sequence[int], devices: int, count: int, *, alone: bool) -> list[Row]:
+    """Measure every size of model; ``alone`` without Flower."""
     found = []
     for size in parameters:
         ours = 1e3 * min(seconds_a_round(size, devices, count)) / devices
+        theirs = None if alone else flowers(size, devices, count)
+        peer = None if theirs is None else 1e3 * theirs / devices
         goal = GOALS.get(size)
         case = f"{size:,} parameters, {devices} devices"
         found.append(
@@ -116,6 +155,9 @@ def rows(parameters: Sequence[int], devices: int, count: int) -> list[Row]:
                 metric="engine, a client update",
                 unit="ms",
                 ours=ours,
+                peer=peer,
+                peer_name=None if peer is None else "Flower on Ray",
+                ratio=None if peer is None else peer / ours,
                 goal=goal,
                 met=None if goal is None else ours <= goal,
             )
@@ -138,8 +180,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parameters", type=_numbers, default=list(GOALS))
     parser.add_argument("--devices", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--alone", action="store_true", help="leave Flower on Ray out")
     given = parser.parse_args(arguments)
-    return report(rows(given.parameters, given.devices, given.rounds), given.json)
+    found = rows(given.parameters, given.devices, given.rounds, alone=given.alone)
+    return report(found, given.json)
 
 
 def _numbers(text: str) -> list[int]:

@@ -3,7 +3,8 @@
 The one file of the agent that knows federation and privacy. It runs a warm Flower node with
 the ClientApp of an *installed* task over this device's own data; the hub sends weights and
 numbers, never code. It runs while a training window is open and ends when its parent says so
-or is gone.
+or is gone. Torch is imported when a first round is there to be trained, unless the task's own
+module does so: a process that waits, or answers queries, does without.
 """
 
 import argparse
@@ -154,10 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
-    import torch
-
-    torch.set_num_threads(1)
-    torch.set_num_interop_threads(1)
+    # Heeded by torch when a first round loads it; until then the process is half as large.
+    os.environ["OMP_NUM_THREADS"] = "1"
     parent = Parent()
     stop = threading.Event()
 

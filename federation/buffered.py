@@ -1,7 +1,7 @@
 """Asynchronous rounds: updates are folded in as they come, and so many of them make a step.
 
     run_buffered(grid, plan, cohort, session, charge, on_round, initial, *, run,
-                 checkpoints=None, clock=SYSTEM_CLOCK, entropy=None, left_out=nobody) -> Outcome
+                 checkpoints=None, clock=SYSTEM_CLOCK, entropy=None, left_out=None) -> Outcome
 
 FedBuff (Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022).
 The hub keeps ``concurrency`` devices training, each on the weights that there were when it was
@@ -78,17 +78,16 @@ def run_buffered(
     checkpoints: Checkpoints | None = None,
     clock: Clock = SYSTEM_CLOCK,
     entropy: Keystream | None = None,
-    left_out: selection.LeftOut = selection.nobody,
+    left_out: selection.LeftOut | None = None,
+    frozen: str = "",
 ) -> Outcome:
-    """Run the plan's steps; arguments and errors are those of ``rounds.run_rounds``.
-
-    Raises :class:`BadParameters` for a buffer that the trainers cannot fill as well.
-    """
+    """Run the plan's steps; arguments and errors are those of ``rounds.run_rounds``."""
     if plan.asynchrony is None:
         raise BadPlan("a plan without [asynchrony] runs in rounds")
-    setting = Setting(grid, plan, cohort, run, clock, entropy or Keystream.fresh())
+    left_out = selection.judged(plan.cohort.rule, left_out)
+    setting = Setting(grid, plan, cohort, run, clock, entropy or Keystream.fresh(), frozen)
     state = (checkpoints.load(run) if checkpoints else None) or Checkpoint.fresh(run, initial)
-    _check(plan, plan.asynchrony, cohort, len(initial))
+    _check(plan, cohort, len(initial))
     devices = _Devices(setting, session, plan.asynchrony)
     least, hoped, failures = plan.cohort.min_devices, len(cohort.trainers), 0
     if state.begun > state.ended:
@@ -140,16 +139,11 @@ def run_buffered(
     return Outcome(state.result, state.trained, "complete", state.turns)
 
 
-def _check(plan: Plan, asked: Asynchrony, cohort: Cohort, parameters: int) -> None:
+def _check(plan: Plan, cohort: Cohort, parameters: int) -> None:
     trainers = len(cohort.trainers)
     spec = release.update_spec(plan, plan.privacy.clip_norm)
     modes.check(plan.privacy.mode, spec, release.values(plan, parameters), trainers)
     release.check_population(plan, trainers)
-    if asked.buffer > trainers:
-        raise BadParameters(
-            f"asynchrony.buffer = {asked.buffer} is more than the {trainers} devices that train, "
-            "and each is in a buffer once: lower buffer"
-        )
 
 
 def _save(state: Checkpoint, checkpoints: Checkpoints | None) -> None:

@@ -9,8 +9,10 @@ second and then up to 180, holding up everyone else's.
 """
 
 import functools
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Final, cast
 
 import httpx
@@ -45,11 +47,13 @@ from flwr.superlink.grid import http_grid
 from google.protobuf.message import Message as ProtobufMessage
 
 from atoll.federation.errors import LinkError
-from atoll.federation.superlink import FETCH_ALL, SEND_ALL
+from atoll.federation.superlink import FETCH_ALL, FETCH_PARTS, SEND_ALL
 from atoll.privacy import frames
 
 _UPLOAD_PATIENCE: Final = 30.0
 """Seconds that a reply's missing parts hold up the server side before it is an error."""
+_AHEAD: Final = 64
+"""Messages that are named when more parts are asked for; small ones come so many at a time."""
 _OCTETS: Final = {"content-type": "application/octet-stream"}
 
 _promptly = functools.partial(
@@ -121,14 +125,16 @@ class BundledGrid(Grid):
 
     @_carried()
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies there are to ``message_ids``, each once."""
+        """Return the replies there are to ``message_ids``, each once.
+
+        They are fetched now, and their parts as they are asked for, a few of them at a time.
+        """
         wanted = list(message_ids)
         if self._bundled:
             request = PullAppMessagesRequest(message_ids=wanted)
             answer = self._call(FETCH_ALL, request.SerializeToString(), request)
             if answer is not None:
-                head, *parts = frames.unpack(answer).parts
-                return self._incoming(PullAppMessagesResponse.FromString(head), parts)
+                return self._incoming(answer)
         return cast("Iterable[Message]", self._inner.pull_messages(wanted))
 
     def send_and_receive(
@@ -156,23 +162,41 @@ class BundledGrid(Grid):
             return None
         return found.content
 
-    def _incoming(self, found: PullAppMessagesResponse, parts: Sequence[bytes]) -> list[Message]:
-        """Put replies together; pull the parts that did not come along."""
-        messages, at = [], 0
-        for envelope, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+    def _incoming(self, answer: bytes) -> Iterator[Message]:
+        """Yield replies, put together; fetch more parts when those that came along are used up."""
+        head, *parts = frames.view(answer).parts
+        found = PullAppMessagesResponse.FromString(bytes(head))
+        waiting = deque(zip(found.messages_list, found.message_object_trees, strict=True))
+        while waiting:
+            if not parts:
+                parts = self._more([tree for _, tree in islice(waiting, _AHEAD)])
+            envelope, tree = waiting.popleft()
             names = [part.object_id for part in iterate_object_tree(tree)]
-            contents = dict(zip(names, parts[at : at + len(names)], strict=True))
-            at += len(names)
-            if not all(contents.values()):
-                try:
-                    contents = self._pull(tree, names)
-                except ObjectPullError as error:
-                    messages.append(_missing(envelope.metadata.reply_to_message_id, error))
-                    continue
-            message = cast("Message", inflate_object_from_contents(tree.object_id, contents))
-            message.metadata.__dict__["_message_id"] = tree.object_id
-            messages.append(message)
-        return messages
+            here, parts = parts[: len(names)], parts[len(names) :]
+            asked = envelope.metadata.reply_to_message_id
+            yield self._together(asked, tree, names, [bytes(part) for part in here])
+
+    @_carried()
+    def _more(self, trees: Sequence[ObjectTree]) -> list[memoryview]:
+        """Fetch the parts of the first of ``trees``; none where only single calls are known."""
+        body = frames.pack({}, [tree.SerializeToString() for tree in trees])
+        answer = self._call(FETCH_PARTS, body, trees[0])
+        return [] if answer is None else list(frames.view(answer).parts)
+
+    @_carried()
+    def _together(
+        self, asked: str, tree: ObjectTree, names: Sequence[str], parts: Sequence[bytes]
+    ) -> Message:
+        """Put a reply together; pull its parts one by one if they did not come along."""
+        contents = dict(zip(names, parts, strict=False))
+        if len(parts) < len(names) or not all(parts):
+            try:
+                contents = self._pull(tree, names)
+            except ObjectPullError as error:
+                return _missing(asked, error)
+        message = cast("Message", inflate_object_from_contents(tree.object_id, contents))
+        message.metadata.__dict__["_message_id"] = tree.object_id
+        return message
 
     def _pull(self, tree: ObjectTree, names: Sequence[str]) -> dict[str, bytes]:
         client, node = self._inner._runtime_client, self._inner.node  # noqa: SLF001

@@ -13,16 +13,12 @@ from typing import Final, NamedTuple, Protocol
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from atoll.federation import local_update, messages, parameters, training
+from atoll.federation import local_update, messages
 from atoll.federation.errors import BadMessage
 from atoll.federation.kept import RUNS, Kept, KeptHere
 from atoll.federation.task import Task
 from atoll.privacy.errors import Refused
 from atoll.privacy.sums import CONTRIBUTE, Integers, PartySum
-
-LOSS_DIGITS: Final = 3
-"""Decimals of the loss that a device tells: enough to follow training, too few for the differences
-from which a hub that asks again and again would have a gradient."""
 
 
 class Answered(Protocol):
@@ -137,15 +133,9 @@ def build(
         _check_task(task, ask.task)
         if ask.split != "test":
             raise BadMessage("a device evaluates on its held-back examples alone")
-        done = training.evaluate(
-            task.model(0), parameters.from_bytes(ask.weights), task.load(data, "test")
-        )
-        return _reply(
-            message,
-            messages.EvaluateReply(
-                rows=done.rows, correct=done.correct, loss=round(done.loss, LOSS_DIGITS)
-            ),
-        )
+        from atoll.federation import personal  # loads torch, which a waiting device need not hold
+
+        return _reply(message, personal.evaluate(task, data, ask, kept))
 
     @app.query()
     def query(message: Message, _: Context) -> Message:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.serverapp import Grid
 
-from atoll.federation import control, messages, parameters, release, robust
+from atoll.federation import codec, control, layout, messages, parameters, release, robust
 from atoll.federation.cohort import Cohort
 from atoll.federation.errors import BadMessage
 from atoll.federation.exchange import Clock, converse
@@ -73,7 +73,10 @@ class Learned(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What stays the same through a run; ``entropy`` is what the hub's noise is drawn from."""
+    """What stays the same through a run; ``entropy`` is what the hub's noise is drawn from.
+
+    ``frozen`` is the digest of what nobody trains (:class:`atoll.federation.layout.Layout`).
+    """
 
     grid: Grid
     plan: Plan
@@ -81,6 +84,7 @@ class Setting:
     run: str
     clock: Clock
     entropy: Keystream
+    frozen: str = ""
 
 
 class Conversation:
@@ -143,9 +147,15 @@ class Conversation:
             return None
         self._survivors = tuple(step.survivors)
         if isinstance(step, Collected):
-            return self._combined(step)
+            return self._spread(self._combined(step))
         noised = update.release(step.values, spec, self._setting.entropy)
-        return self._learned(update.decode(noised, spec))
+        return self._spread(self._learned(update.decode(noised, spec)))
+
+    def _spread(self, learned: Learned) -> Learned:
+        """Return what was learned, of all coordinates."""
+        plan, length = self._setting.plan, len(self._weights)
+        sent = codec.places(plan.codec, length, plan.seed, self._setting.run, self._number)
+        return learned._replace(mean=codec.spread(plan.codec, learned.mean, sent, length))
 
     def _open(self, session: HubSession, sums: SumSpec) -> HubSum:
         """Return the hub's side of the sum, which keeps its terms where the rule looks at them."""
@@ -269,7 +279,7 @@ class Conversation:
         examples = plan.privacy.examples
         return messages.TrainAsk(
             task=plan.task,
-            weights=parameters.to_bytes(self._weights),
+            weights=parameters.to_bytes(self._weights, plan.codec.downlink),
             seed=plan.seed,
             local_epochs=plan.training.local_epochs,
             batch_size=plan.training.batch_size,
@@ -289,6 +299,12 @@ class Conversation:
             example_sampling_rate=examples.sampling_rate if examples else 0.0,
             proximal=plan.training.proximal,
             most_steps=riders.most_steps,
+            layers=layout.encode(plan.layers),
+            frozen=self._setting.frozen,
+            codec=plan.codec.kind,
+            codec_share=plan.codec.share or 1.0,
+            feedback=plan.codec.feedback,
+            downlink=plan.codec.downlink,
             seconds=plan.training.deadline or 0.0,
             control=parameters.to_bytes(self._shared),
             control_scale=control.scale(plan.training),

@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from flwr.serverapp import Grid
+from msgspec import structs
 
-from atoll.federation import messages, parameters
+from atoll.federation import layout, messages, parameters
 from atoll.federation.cohort import Cohort
 from atoll.federation.errors import BadMessage
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock, Replies, exchange
 from atoll.federation.parameters import Vector
+from atoll.federation.plan import Plan
 
 
 def evaluate(
@@ -27,11 +29,28 @@ def evaluate(
     timeout: float,
     *,
     clock: Clock = SYSTEM_CLOCK,
+    plan: Plan | None = None,
+    run: str = "",
+    frozen: str = "",
 ) -> dict[str, messages.EvaluateReply]:
-    """Evaluate float32 ``weights`` on every evaluator's held-back data; rows, correct, loss."""
-    content = messages.pack(
-        messages.EvaluateAsk(task=task, weights=parameters.to_bytes(weights), split="test")
-    )
+    """Evaluate float32 ``weights`` on every evaluator's held-back data; rows, correct, loss.
+
+    With the ``plan`` and name of a ``run`` devices add their own layers and fine-tune, as the plan
+    says; ``frozen`` is the digest of :class:`atoll.federation.layout.Layout`.
+    """
+    ask = messages.EvaluateAsk(task=task, weights=parameters.to_bytes(weights), split="test")
+    if plan is not None:
+        ask = structs.replace(
+            ask,
+            run=run,
+            seed=plan.seed,
+            layers=layout.encode(plan.layers),
+            frozen=frozen,
+            batch_size=plan.training.batch_size,
+            learning_rate=plan.training.learning_rate,
+            momentum=plan.training.momentum,
+        )
+    content = messages.pack(ask)
     replies = exchange(
         grid,
         cohort.nodes,

@@ -10,6 +10,8 @@ the slowest one, and the counts in the answers are neither summed privately nor 
 import math
 from dataclasses import replace
 
+from msgspec import structs
+
 from atoll.federation.conversation import RoundReport, Setting
 from atoll.federation.evaluation import evaluate
 from atoll.federation.parameters import Vector
@@ -19,6 +21,11 @@ from atoll.federation.plan import Plan
 def due(plan: Plan, trained: int) -> bool:
     """Tell whether devices are to be asked once ``trained`` rounds are in the weights."""
     return plan.evaluate_every is not None and trained % plan.evaluate_every == 0
+
+
+def _untuned(plan: Plan) -> Plan:
+    """Return the plan without fine-tuning, which is for the run's end."""
+    return structs.replace(plan, layers=structs.replace(plan.layers, fine_tune=()))
 
 
 def measured(report: RoundReport, setting: Setting, weights: Vector) -> RoundReport:
@@ -37,6 +44,9 @@ def measured(report: RoundReport, setting: Setting, weights: Vector) -> RoundRep
         weights,
         setting.plan.cohort.round_timeout,
         clock=setting.clock,
+        plan=_untuned(setting.plan),
+        run=setting.run,
+        frozen=setting.frozen,
     )
     sound = [
         one for one in answers.values() if 0 <= one.correct <= one.rows and math.isfinite(one.loss)

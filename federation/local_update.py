@@ -10,13 +10,14 @@ numbers that ride behind it (:mod:`atoll.federation.riders`). Simulations take
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from atoll.federation import control, messages, parameters, training
+from atoll.federation import codec, control, messages, parameters
+from atoll.federation.codec import WHOLE, Sketch
 from atoll.federation.control import Control
 from atoll.federation.errors import BadMessage
 from atoll.federation.kept import Carried, Kept
@@ -26,11 +27,21 @@ from atoll.federation.riders import Riders
 from atoll.federation.strategies import effective_steps
 from atoll.federation.task import Task
 from atoll.privacy import update
+from atoll.privacy.errors import Refused
 from atoll.privacy.keystream import Keystream
 from atoll.privacy.sums import Integers
 
 CONTROL: Final = "control"
 """Under this name a device keeps its control variate."""
+RESIDUAL: Final = "residual"
+"""And under this one what it did not send."""
+
+
+class Encoded(NamedTuple):
+    """A device's term, and what it keeps of its change under error feedback."""
+
+    term: Integers
+    residual: Vector | None
 
 
 def make(
@@ -44,39 +55,53 @@ def make(
 ) -> tuple[Integers, float]:
     """Return a device's term, int64 ``(length,)``, and its mean loss over the last local epoch.
 
-    ``kept`` is what the device keeps from round to round: its control variate. ``now`` gives
-    seconds, for a round that ends local training after so many. Raises
-    :class:`atoll.federation.errors.DataMissing`, :class:`BadMessage` and
+    ``kept`` is what the device keeps from round to round: its control variate, its own layers, and
+    what a codec left out. ``now`` gives seconds, for a round that ends local training after so
+    many. Raises :class:`atoll.federation.errors.DataMissing`, :class:`BadMessage`,
+    :class:`atoll.federation.errors.BadPlan` for layers that the model lacks, and
     :class:`atoll.privacy.errors.BadUpdate`.
     """
+    # Imported here: they load torch, which a device that waits for a round need not hold.
+    from atoll.federation import personal, training
+
     seed = training.local_seed(work.seed, ask.run, ask.round, ask.party)
-    before = parameters.from_bytes(work.weights)
-    model, examples, how = task.model(0), task.load(data, "train"), training_of(work)
+    before = parameters.from_bytes(work.weights, work.downlink)
+    mine = personal.Mine.of(task, work.seed, work.layers, work.frozen, kept, ask.run)
+    shape, own = mine.layout, mine.before(ask.round)
+    start, model = shape.whole(before, own), shape.model
+    examples, how = task.load(data, "train"), training_of(work)
     carried = Carried(kept, ask.run, CONTROL)
-    mine = _control(work, carried.as_of(ask.counted, lambda: np.zeros_like(before)), before)
+    variates = _control(work, carried.as_of(ask.counted, lambda: np.zeros_like(before)), before)
     if work.example_steps:
         # Imported here: it loads Opacus, for which a device without this mode does not pay.
         from atoll.federation import example_privacy
 
         protected, secret = _example_privacy(work), Keystream.fresh()
-        done = example_privacy.train(model, before, examples, how, protected, secret)
+        done = example_privacy.train(model, start, examples, how, protected, secret)
     else:
         ended = _ended(work.seconds, now)
-        correction = mine.correction if mine else None
-        done = training.train(
-            model, before, examples, how, seed, ended=ended, correction=correction
-        )
+        correction = shape.alone(variates.correction) if variates else None
+        done = training.train(model, start, examples, how, seed, ended=ended, correction=correction)
     rows = len(examples.y)
     # Without noise there is nothing to keep secret in the rounding, and a seed makes the run
     # repeatable. With noise, rounding draws from the system's entropy like the noise itself.
     rng = Keystream.fresh() if work.noise_multiplier else Keystream.replayable(seed)
-    riders, spec, change = riders_of(work), spec_of(work, ask), done.weights - before
-    if mine is None:
-        return encoded(change, rows, done.steps, how, riders, spec, rng), done.loss
-    sent = mine.sent(change, control.reach(done.steps, how), parameters.mask(model))
-    term = encoded(sent, rows, done.steps, how, riders, spec, rng)
-    carried.put(ask.round, mine.own, mine.following(update.clipped(sent, spec)))
-    return term, done.loss
+    riders, spec = riders_of(work), spec_of(work, ask)
+    change = shape.travelling(done.weights) - before
+    if variates is not None:
+        trained = shape.travelling(parameters.mask(model))
+        sent = variates.sent(change, control.reach(done.steps, how), trained)
+        made = encoded(sent, rows, done.steps, how, riders, spec, rng)
+        mine.keep(ask.round, own, done.weights)
+        carried.put(ask.round, variates.own, variates.following(update.clipped(sent, spec)))
+        return made.term, done.loss
+    residual = Carried(kept, ask.run, RESIDUAL)
+    sketch = _sketch(work, ask, len(before), residual)
+    made = encoded(change, rows, done.steps, how, riders, spec, rng, sketch)
+    mine.keep(ask.round, own, done.weights)
+    if sketch.residual is not None and made.residual is not None:
+        residual.put(ask.round, sketch.residual, made.residual)
+    return made.term, done.loss
 
 
 def encoded(
@@ -87,8 +112,9 @@ def encoded(
     riders: Riders,
     spec: update.UpdateSpec,
     rng: Keystream,
-) -> Integers:
-    """Return the term of a device that came to ``change`` in ``steps`` steps on ``rows`` examples.
+    sketch: Sketch = WHOLE,
+) -> Encoded:
+    """Return what a device sends that came to ``change`` in ``steps`` steps on ``rows`` examples.
 
     With control variates that is what :meth:`atoll.federation.control.Control.sent` returns.
     Raises :class:`atoll.privacy.errors.BadUpdate` for a change that diverged.
@@ -96,8 +122,14 @@ def encoded(
     effective = effective_steps(steps, how) if riders.most_steps else 0.0
     if effective:
         change = change / np.float32(effective)
-    behind = riders.values(rows, within=update.norm(change) <= spec.clip_norm, steps=effective)
-    return update.encode(change, spec, rng, riders.weight(rows), behind)
+    chosen, weight = sketch.chosen(change), riders.weight(rows)
+    within = update.norm(chosen.values) <= spec.clip_norm
+    behind = riders.values(rows, within=within, steps=effective)
+    clipped = update.quantise(chosen.values, spec, rng, weight, behind)
+    noised = update.noised(clipped, spec, rng)
+    return Encoded(
+        sketch.term(chosen, noised, spec.riders), sketch.left(chosen, clipped, spec, weight)
+    )
 
 
 def training_of(work: messages.TrainAsk) -> Training:
@@ -129,6 +161,25 @@ def spec_of(work: messages.TrainAsk, ask: messages.SumAsk) -> update.UpdateSpec:
         riders=riders_of(work).count,
         rider_noise_multiplier=work.rider_noise_multiplier,
     )
+
+
+def _sketch(
+    work: messages.TrainAsk, ask: messages.SumAsk, length: int, residual: Carried
+) -> Sketch:
+    """Return this round's codec; what is kept is that of the last round that counted."""
+    if not 0 < work.codec_share <= 1:
+        raise BadMessage(f"a share of {work.codec_share} of an update cannot be sent")
+    if work.codec == "top-k" and ask.mode != "plain":
+        raise Refused(f"which coordinates are largest is not said in mode {ask.mode!r}")
+    places = None
+    if work.codec == "random-mask":
+        places = codec.mask(length, work.codec_share, work.seed, ask.run, ask.round)
+    kept = None
+    if work.feedback:
+        kept = residual.as_of(ask.counted, lambda: np.zeros(length, np.float32))
+        if kept.shape != (length,):
+            kept = np.zeros(length, np.float32)
+    return Sketch(work.codec, work.codec_share, places, kept)
 
 
 def _control(work: messages.TrainAsk, own: Vector, before: Vector) -> Control | None:

@@ -17,6 +17,7 @@ import msgspec
 from flwr.app import ConfigRecord, RecordDict
 
 from atoll.federation.errors import BadMessage
+from atoll.federation.plan import CodecKind, Number
 from atoll.privacy.sums import RoundKey, SumSpec
 from atoll.privacy.update import Placement
 
@@ -69,6 +70,8 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     ``control`` is the hub's, float32 little-endian, empty while it is zero
     (:mod:`atoll.federation.control`).
     With ``seconds`` above 0, local training ends after so many with what it has come to.
+    ``layers`` says what travels and ``frozen`` digests the rest (:mod:`atoll.federation.layout`);
+    the codec's fields are those of :class:`atoll.federation.plan.Codec`.
     With ``example_steps`` above 0 it is DP-SGD (:class:`atoll.federation.plan.ExamplePrivacy`).
     """
 
@@ -97,14 +100,31 @@ class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
     control: bytes = b""
     control_scale: float = 0.0
     control_retained: float = 1.0
+    layers: str = ""
+    frozen: str = ""
+    codec: CodecKind = "none"
+    codec_share: float = 1.0
+    feedback: bool = False
+    downlink: Number = "float32"
 
 
 class EvaluateAsk(msgspec.Struct, frozen=True, kw_only=True, tag="evaluate"):
-    """Evaluation of ``weights`` (float32 little-endian) on a split of the device's data."""
+    """Evaluation of ``weights`` (float32 little-endian) on a split of the device's data.
+
+    With layers of its own (``layers``, as in :class:`TrainAsk`), the device adds those that it
+    came to in ``run``. ``batch_size``, ``learning_rate`` and ``momentum`` are those of fine-tuning.
+    """
 
     task: str
     weights: bytes
     split: str
+    run: str = ""
+    seed: int = 0
+    layers: str = ""
+    frozen: str = ""
+    batch_size: int = 32
+    learning_rate: float = 0.05
+    momentum: float = 0.0
 
 
 class QueryAsk(msgspec.Struct, frozen=True, kw_only=True, tag="query"):
@@ -130,11 +150,15 @@ class TrainReply(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
 
 
 class EvaluateReply(msgspec.Struct, frozen=True, kw_only=True, tag="evaluate"):
-    """How the weights did on ``rows`` examples; ``loss`` is the mean cross-entropy."""
+    """How the weights did on ``rows`` examples; ``loss`` is the mean cross-entropy.
+
+    ``correct_tuned`` is how many were right after fine-tuning, -1 where there was none.
+    """
 
     rows: int
     correct: int
     loss: float
+    correct_tuned: int = -1
 
 
 class QueryReply(msgspec.Struct, frozen=True, kw_only=True, tag="query"):

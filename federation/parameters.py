@@ -4,12 +4,13 @@ The vector holds every floating-point entry of the state dict in its order: para
 running statistics alike. Integer entries (a batch counter) stay on each side.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from atoll.federation.errors import BadMessage
+from atoll.federation.plan import Number
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,13 +65,27 @@ def mask(model: "nn.Module") -> npt.NDArray[np.bool_]:
     return found
 
 
-def to_bytes(vector: Vector) -> bytes:
-    """Return float32 little-endian bytes."""
-    return vector.astype("<f4", copy=False).tobytes()
+def to_bytes(vector: Vector, number: Number = "float32") -> bytes:
+    """Return little-endian bytes of numbers of that kind.
+
+    Raises :class:`BadMessage` for weights past 65,504 as ``float16``, which ends there.
+    """
+    with np.errstate(over="ignore"):
+        narrow = vector.astype(_DTYPES[number], copy=False)
+    if number != "float32" and not np.isfinite(narrow).all():
+        raise BadMessage(f"a weight is too large for {number}: set codec.downlink = 'float32'")
+    return narrow.tobytes()
 
 
-def from_bytes(data: bytes) -> Vector:
+def from_bytes(data: bytes, number: Number = "float32") -> Vector:
     """Return a writable float32 vector; raise :class:`BadMessage` for a torn one."""
-    if len(data) % 4:
-        raise BadMessage(f"{len(data)} bytes are no float32 vector")
-    return np.frombuffer(data, dtype="<f4").astype(np.float32)
+    dtype = _DTYPES[number]
+    if len(data) % dtype.itemsize:
+        raise BadMessage(f"{len(data)} bytes are no {number} vector")
+    return np.frombuffer(data, dtype=dtype).astype(np.float32)
+
+
+_DTYPES: Final[dict[Number, "np.dtype[Any]"]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+}

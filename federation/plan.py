@@ -15,6 +15,8 @@ from atoll.federation.rule import Rule, needed
 from atoll.privacy.mode import Mode
 
 Positive = Annotated[int, Meta(ge=1)]
+CodecKind = Literal["none", "random-mask", "top-k"]
+Number = Literal["float32", "float16"]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
 
@@ -327,6 +329,75 @@ class Aggregation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f'trim belongs to rule = "trimmed-mean", not to "{self.rule}"')
 
 
+class Layers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which of the model's weights devices train, and which of these they keep to themselves.
+
+    Patterns name entries of the model's state dict (``head.*``), as :mod:`fnmatch` reads them;
+    ``batchnorm`` stands for all that belongs to layers which normalise over a batch. What they
+    come to is :mod:`atoll.federation.layout`.
+    """
+
+    local: tuple[str, ...] = ()
+    """Trained, and never leave the device (FedPer, Arivazhagan et al. 2019; FedBN, Li et al. 2021).
+
+    A run with such layers publishes no model: what it has is not whole.
+    """
+    trained: tuple[str, ...] = ()
+    """These alone are trained, and travel; others stay as the task's model has them. None: all."""
+    lora_layers: tuple[str, ...] = ()
+    """Layers whose weights stay as they are and get low-rank adapters (LoRA, Hu et al. 2021).
+
+    The adapters are trained and travel, and besides them what ``trained`` and ``local`` name.
+    """
+    lora_rank: Positive | None = None
+    lora_alpha: PositiveFloat | None = None
+    """α: what an adapter adds is scaled by α over the rank. None: the rank, so by one."""
+    fine_tune: tuple[str, ...] = ()
+    """At evaluation a device trains these on, with its own examples, and tells both accuracies."""
+    fine_tune_epochs: Positive = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what would be ignored."""
+        if bool(self.lora_layers) != (self.lora_rank is not None):
+            raise ValueError("lora_layers and lora_rank belong together: give both or neither")
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise ValueError("lora_alpha scales adapters, and there are none: give lora_rank")
+
+
+class Codec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How updates, and the weights that devices start from, are made smaller on their way.
+
+    See :mod:`atoll.federation.codec`.
+    """
+
+    kind: CodecKind = "none"
+    """``random-mask``: a share of the coordinates, drawn anew each round, the same for all devices
+    (Konečný et al. 2016). ``top-k``: each device's own largest."""
+    share: Annotated[float, Meta(gt=0, le=1)] | None = None
+    """Which share of the coordinates a device sends."""
+    error_feedback: bool | None = None
+    """Whether a device keeps what it did not send, and adds it to its next update.
+
+    None: with ``top-k``, which goes wrong without, and not with ``random-mask``.
+    """
+    downlink: Number = "float32"
+    """As what numbers weights travel to the devices in training."""
+
+    def __post_init__(self) -> None:
+        """Refuse a share of nothing, and feedback where nothing is left out."""
+        if (self.kind == "none") != (self.share is None):
+            raise ValueError(
+                'share belongs to kind = "random-mask" and "top-k": give both or neither of them'
+            )
+        if self.kind == "none" and self.error_feedback:
+            raise ValueError("error_feedback without a kind: nothing is left out to be fed back")
+
+    @property
+    def feedback(self) -> bool:
+        """Whether devices keep what they did not send."""
+        return self.kind == "top-k" if self.error_feedback is None else self.error_feedback
+
+
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A federated run."""
 
@@ -346,6 +417,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cohort: Cohort = Cohort()
     privacy: Privacy = Privacy()
     aggregation: Aggregation = Aggregation()
+    layers: Layers = Layers()
+    codec: Codec = Codec()
     asynchrony: Asynchrony | None = None
     """Steps without rounds; none: a round ends before the next one begins."""
     gates: dict[str, str] = {}
@@ -379,6 +452,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
         if self.aggregation.rule != "mean":
             _check_rule(self)
+        if self.codec.kind != "none":
+            _check_codec(self)
         if self.asynchrony is not None:
             _check_asynchrony(self, self.asynchrony)
 
@@ -421,6 +496,32 @@ def _check_rule(plan: Plan) -> None:
         )
 
 
+def _check_codec(plan: Plan) -> None:
+    """Refuse a codec where it would tell too much, save nothing, or lose what it keeps."""
+    privacy, top = plan.privacy, plan.codec.kind == "top-k"
+    if plan.training.control_steps is not None:
+        raise ValueError(
+            f'codec.kind = "{plan.codec.kind}" with training.control_steps: control variates are '
+            "means of whole gradients; leave one of them out"
+        )
+    if top and privacy.mode != "plain":
+        raise ValueError(
+            f'codec.kind = "top-k" in mode "{privacy.mode}": which coordinates a device sends '
+            "tells of its data, and masked or encrypted terms all have the model's length; use "
+            '"random-mask", or privacy.mode = "plain", where devices allow it'
+        )
+    if top and privacy.noise_multiplier and privacy.noise == "distributed":
+        raise ValueError(
+            'codec.kind = "top-k" with distributed noise: it falls on every coordinate, and then '
+            'all would be sent; use noise = "central", or "random-mask"'
+        )
+    if plan.aggregation.rule != "mean" and (top or plan.codec.feedback):
+        raise ValueError(
+            f'aggregation.rule = "{plan.aggregation.rule}" leaves updates out, and no device '
+            'learns whether its own: use codec.kind = "random-mask" without error_feedback'
+        )
+
+
 def _check_asynchrony(plan: Plan, asked: Asynchrony) -> None:
     """Refuse what needs a cohort, or one version of everything that devices are told."""
     if plan.privacy.mode != "plain":
@@ -441,6 +542,8 @@ def _check_asynchrony(plan: Plan, asked: Asynchrony) -> None:
         "cohort.sampling_rate": plan.cohort.sampling_rate is not None,
         'privacy.clip = "adaptive"': plan.privacy.clip != "fixed",
         "training.control_steps": plan.training.control_steps is not None,
+        # Masks are a round's, and the hub's weight leaves a part that no device would keep.
+        "codec.kind": plan.codec.kind != "none",
     }
     for name, used in kept_out.items():
         if used:

@@ -22,6 +22,7 @@ in every phase to come. Nothing is sent home by Flower or Ray, and no dashboard 
 
 import logging
 import os
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -54,6 +55,8 @@ OBJECT_STORE: Final = 200 * 1024 * 1024
 _RUN: Final = 1
 _START: Final = 120.0
 """Seconds for all actors to be up."""
+_LOOK: Final = 5.0
+"""Seconds for a cluster's address to answer."""
 _AHEAD: Final = 2
 """Messages under way for each actor: one in work and one that waits."""
 _QUIET: Final = {
@@ -205,6 +208,7 @@ def _hosts(makers: Mapping[int, MakeApp]) -> dict[int, Any]:
 @contextmanager
 def _ray(address: str | None) -> Iterator[None]:
     """Connect to Ray for a block, or have one of our own, whose files go with it."""
+    _look(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         own: dict[str, Any] = {
@@ -222,6 +226,20 @@ def _ray(address: str | None) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def _look(address: str | None) -> None:
+    """Raise :class:`LinkError` where nobody listens: Ray would try for ten minutes."""
+    if address in (None, "auto"):
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), _LOOK).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise LinkError(
+            f"no Ray cluster answers at {address} ({error}); give host:port as `ray start --head` "
+            "prints it"
+        ) from error
 
 
 @contextmanager

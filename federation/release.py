@@ -6,6 +6,7 @@ The plan alone decides this, so hub, ledger and check ask here and cannot differ
 import math
 from typing import Final
 
+from atoll.federation import codec
 from atoll.federation.plan import Plan
 from atoll.federation.riders import Riders
 from atoll.privacy import modes
@@ -34,7 +35,12 @@ def update_spec(plan: Plan, clip_norm: float) -> UpdateSpec:
 
 def values(plan: Plan, parameters: int) -> int:
     """Return how many values a term has before what rides, for a model of ``parameters``."""
-    return parameters * (2 if plan.training.control_steps else 1)
+    return codec.summed(plan.codec, parameters * (2 if plan.training.control_steps else 1))
+
+
+def rounded(plan: Plan, parameters: int) -> int:
+    """Return how many values of a term are rounded; the others are zero as they are."""
+    return codec.rounded(plan.codec, parameters * (2 if plan.training.control_steps else 1))
 
 
 def amplification(plan: Plan, connected: int) -> float | None:
@@ -99,6 +105,11 @@ def check_population(plan: Plan, trainers: int) -> None:
         raise BadParameters(
             f"privacy.delta = {delta:g} allows to give one of {trainers} devices away in full; "
             f"set it well below {1 / trainers:.1g}"
+        )
+    if plan.asynchrony is not None and plan.asynchrony.buffer > trainers:
+        raise BadParameters(
+            f"asynchrony.buffer = {plan.asynchrony.buffer} is more than the {trainers} devices "
+            "that train, and each is in a buffer once: lower buffer"
         )
     enough = plan.cohort.enough
     most = parties(plan, trainers)

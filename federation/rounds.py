@@ -1,7 +1,7 @@
 """Federated averaging under a private sum: the rounds of one plan.
 
     run_rounds(grid, plan, cohort, session, charge, on_round, initial, *, run,
-               checkpoints=None, clock=SYSTEM_CLOCK, entropy=None, left_out=nobody) -> Outcome
+               checkpoints=None, clock=SYSTEM_CLOCK, entropy=None, left_out=None) -> Outcome
 
 For each round the ledger is charged first; then the cohort is drawn, and the hub's side of the
 sum leads. Phases before the contribution are messages of their own, the contribution rides
@@ -84,7 +84,8 @@ def run_rounds(
     checkpoints: Checkpoints | None = None,
     clock: Clock = SYSTEM_CLOCK,
     entropy: Keystream | None = None,
-    left_out: selection.LeftOut = selection.nobody,
+    left_out: selection.LeftOut | None = None,
+    frozen: str = "",
 ) -> Outcome:
     """Run the plan's rounds, or those that are left of them after the checkpoint.
 
@@ -94,17 +95,20 @@ def run_rounds(
     :class:`BudgetExceeded` the run ends with what has been trained. ``on_round`` hears of every
     round, thrown away or not, and again of one after which devices were asked for the accuracy.
     ``entropy`` is what cohorts and the hub's noise are drawn from: a fresh keystream, but for
-    tests. ``left_out`` says before each round who may not train.
+    tests. ``left_out`` says before each round who may not train; a plan with a ``cohort.rule``
+    does not run without. ``initial`` is what travels of the initial weights, ``frozen`` the digest
+    of those that nobody trains (:mod:`atoll.federation.layout`).
 
-    Raises :class:`RoundFailed` when too few devices are there or answer,
+    Raises :class:`RoundFailed` when too few devices are there or answer, :class:`BadPlan`,
     :class:`atoll.privacy.errors.BadParameters` for a plan that cannot be private or decoded,
     and :class:`atoll.federation.errors.BadCheckpoint`.
     """
     entropy = entropy or Keystream.fresh()
-    setting = Setting(grid, plan, cohort, run, clock, entropy)
+    left_out = selection.judged(plan.cohort.rule, left_out)
+    setting = Setting(grid, plan, cohort, run, clock, entropy, frozen)
     state = _resume(run, session, checkpoints) or Checkpoint.fresh(run, initial)
     spec = release.update_spec(plan, state.clip_norm or plan.privacy.clip_norm)
-    values = release.values(plan, len(initial))
+    values = release.rounded(plan, len(initial))
     most = release.parties(plan, len(cohort.trainers))
     modes.check(plan.privacy.mode, spec, values, most)
     release.check_population(plan, len(cohort.trainers))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 from atoll.federation.cohort import Name
-from atoll.federation.errors import RoundFailed
+from atoll.federation.errors import BadPlan, RoundFailed
 from atoll.federation.exchange import Clock
 from atoll.privacy.keystream import Keystream
 
@@ -29,6 +29,13 @@ _LOOK_SECONDS: Final = 0.5
 def nobody() -> Collection[str]:
     """Leave nobody out."""
     return ()
+
+
+def judged(rule: str | None, left_out: LeftOut | None) -> LeftOut:
+    """Return who says whom a ``rule`` leaves out; raise :class:`BadPlan` if nobody can."""
+    if rule is not None and left_out is None:
+        raise BadPlan("cohort.rule needs somebody who knows the devices, and this run has nobody")
+    return left_out or nobody
 
 
 def await_allowed(

@@ -97,6 +97,8 @@ def chain(*parts: Strategy) -> Strategy:
 
 def scaled(rate: float) -> Strategy:
     """Return the strategy whose update is ``rate`` times the mean; it remembers nothing."""
+    if rate == 1:
+        return Strategy(lambda _: (), lambda state, mean: (state, mean))
     return Strategy(lambda _: (), lambda state, mean: (state, rate * mean))
 
 
@@ -105,7 +107,7 @@ def momentum(decay: float) -> Strategy:
 
     def step(state: State, mean: Floats) -> tuple[State, Floats]:
         (last,) = state
-        update = decay * last + mean
+        update = decay * last + mean if decay else mean
         return (update.astype(np.float32),), update
 
     return Strategy(lambda length: (np.zeros(length, np.float32),), step)

@@ -9,21 +9,23 @@ Two things are different here, and nothing else:
 - Calls bundle others, with the same checks and the same handlers. For a device
   :data:`FETCH` waits for a message for at most :data:`WAIT_SECONDS` and returns it with its
   parts, and :data:`SEND` takes a reply with its parts; for a ServerApp :data:`FETCH_ALL` and
-  :data:`SEND_ALL` do the same with many messages. Who finds a stock SuperLink makes the single
-  calls.
+  :data:`SEND_ALL` do the same with many messages, and :data:`FETCH_PARTS` returns the parts of
+  those for which an answer had no room, so that the ServerApp holds a few of them at a time,
+  however many there are. Who finds a stock SuperLink makes the single calls.
 
     python -m atoll.federation.superlink [options of flower-superlink]
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Final, NamedTuple, TypeVar
 
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
+    ObjectTree,
     PullObjectRequest,
     PushObjectRequest,
 )
@@ -46,7 +48,11 @@ SEND: Final = "send-message"
 BUNDLED: Final = (FETCH, SEND)
 """What a device may call."""
 FETCH_ALL: Final = "fetch-messages"
+FETCH_PARTS: Final = "fetch-parts"
 SEND_ALL: Final = "send-messages"
+
+ANSWER_BYTES: Final = 1 << 24
+"""Parts that an answer to a ServerApp has room for: four replies of a 4 MB model."""
 
 WAIT_SECONDS: Final = 2.0
 _LOOK_SECONDS: Final = 0.03
@@ -61,6 +67,7 @@ _Request = TypeVar(
     PushMessagesRequest,
     PullAppMessagesRequest,
     PushAppMessagesRequest,
+    ObjectTree,
 )
 
 _through_a_stream = BaseHTTPMiddleware.__call__
@@ -211,30 +218,56 @@ async def send(request: Request) -> Response:
 
 
 async def fetch_all(request: Request) -> Response:
-    """Return a :class:`PullAppMessagesResponse` and the parts of its messages in tree order.
-
-    Messages whose parts have all come are confirmed as received; a part that has not is empty.
-    """
+    """Return a :class:`PullAppMessagesResponse` and the parts of its first messages."""
     body = await request.body()
 
     def found() -> bytes:
         state, handlers, task = _app(request)
         asked = _parsed(body, PullAppMessagesRequest)
         answer = handlers.pull_messages(asked, state, task)
-        parts: list[bytes] = []
-        deadline = time.monotonic() + _PARTS_SECONDS
-        for tree in answer.message_object_trees:
-            names = [part.object_id for part in iterate_object_tree(tree)]
-            here = [state.get_object(task.run_id, name) or b"" for name in names]
-            while not all(here) and time.monotonic() < deadline:
-                time.sleep(_LOOK_SECONDS)
-                here = [state.get_object(task.run_id, name) or b"" for name in names]
-            if all(here):
-                state.object_store.delete(tree.object_id)
-            parts += here
+        parts = _first_parts(state, task.run_id, answer.message_object_trees)
         return frames.pack({}, [answer.SerializeToString(), *parts])
 
     return Response(await run_in_threadpool(found))
+
+
+async def fetch_parts(request: Request) -> Response:
+    """Take the trees of messages that were announced; return the parts of the first of them."""
+    trees = _bundled(await request.body())
+
+    def found() -> bytes:
+        state, _, task = _app(request)
+        asked = [_parsed(tree, ObjectTree) for tree in trees]
+        return frames.pack({}, _first_parts(state, task.run_id, asked))
+
+    return Response(await run_in_threadpool(found))
+
+
+def _first_parts(
+    state: Any,  # noqa: ANN401 -- flwr's LinkState
+    run: int,
+    trees: Iterable[ObjectTree],
+) -> list[bytes]:
+    """Return the parts of the first messages, in the order of their trees.
+
+    Of one message, and of as many more as :data:`ANSWER_BYTES` have room for. Messages whose parts
+    have all come are confirmed as received; a part that has not is empty.
+    """
+    parts: list[bytes] = []
+    left, deadline = ANSWER_BYTES, time.monotonic() + _PARTS_SECONDS
+    for tree in trees:
+        names = [part.object_id for part in iterate_object_tree(tree)]
+        here = [state.get_object(run, name) or b"" for name in names]
+        while not all(here) and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
+            here = [state.get_object(run, name) or b"" for name in names]
+        left -= sum(map(len, here))
+        if left < 0 and parts:
+            break
+        if all(here):
+            state.object_store.delete(tree.object_id)
+        parts += here
+    return parts
 
 
 async def send_all(request: Request) -> Response:
@@ -322,6 +355,7 @@ def main() -> None:
             (f"/v1/fleet/{FETCH}", fetch),
             (f"/v1/fleet/{SEND}", send),
             (f"/v1/runtime/{FETCH_ALL}", fetch_all),
+            (f"/v1/runtime/{FETCH_PARTS}", fetch_parts),
             (f"/v1/runtime/{SEND_ALL}", send_all),
         ):
             app.add_route(path, handler, methods=["POST"])

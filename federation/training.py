@@ -72,7 +72,7 @@ def train(
     with few_threads(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unflatten(model, weights)
-        model.train()
+        learning(model)
         x, y = torch.from_numpy(examples.x), torch.from_numpy(examples.y)
         descent = Sgd(model, training, correction)
         loss_sum, seen, steps, late = 0.0, 0, 0, False
@@ -93,6 +93,19 @@ def train(
                 if late := ended():
                     break
         return Trained(flatten(model), loss_sum / max(seen, 1), steps)
+
+
+def learning(model: nn.Module) -> None:
+    """Put ``model`` into training mode, but for what shall stay as it is.
+
+    Normalisation over batches of which no parameter is trained goes on with the statistics that
+    it has, as it will when the model is evaluated.
+    """
+    model.train()
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 -- their only base
+            own = list(layer.parameters())
+            layer.train(not own or any(parameter.requires_grad for parameter in own))
 
 
 def local_steps(rows: int, training: Training) -> int:

@@ -2,7 +2,8 @@
 
 For cohorts that trust the hub, for robust rules that must see updates, and as the yardstick
 of the others. The hub holds the running sum and never a second term, unless it is opened with
-:meth:`PlainHubSession.collect`: then it keeps the terms, for who must look at each.
+:meth:`PlainHubSession.collect`: then it keeps the terms, for who must look at each. A term of many
+zeros travels sparsely (:mod:`atoll.privacy.sparse`).
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from atoll.privacy import frames, terms
+from atoll.privacy import frames, sparse, terms
 from atoll.privacy.errors import Refused, SumFailed, TooFewSurvivors
 from atoll.privacy.running import RunningTotal
 from atoll.privacy.sums import CONTRIBUTE, Ask, Integers, SumSpec, Total
@@ -53,9 +54,7 @@ class PlainHub:
             raise Refused(f"nothing is expected of {party!r}")
         frame = frames.view(reply)
         frames.check_address(frame, self._spec.key, CONTRIBUTE, party)
-        if len(frame.parts) != 1:
-            raise Refused("a plain contribution is one term")
-        self._add(party, terms.view(frame.parts[0], self._spec.length, self._spec.bound))
+        self._add(party, sparse.view(frame.parts, self._spec.length, self._spec.bound))
         self._waiting.remove(party)
         self._survivors.append(party)
 
@@ -132,7 +131,7 @@ class PlainParty:
             return before
         reply = frames.pack(
             frames.address(spec.key, CONTRIBUTE, self._party),
-            [terms.to_bytes(term, spec.length, spec.bound)],
+            sparse.to_parts(term, spec.length, spec.bound),
         )
         self._answered.remember(spec, payload, reply)
         return reply

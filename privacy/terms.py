@@ -9,7 +9,7 @@ from atoll.privacy.errors import BadParameters, Refused
 from atoll.privacy.sums import Integers, SumSpec
 
 _DTYPES: Final = ("<i1", "<i2", "<i4", "<i8")
-_STRETCH: Final = 1 << 16
+_STRETCH: Final = 1 << 17
 
 
 def check(values: Integers | None, length: int, bound: int) -> Integers:
@@ -20,7 +20,7 @@ def check(values: Integers | None, length: int, bound: int) -> Integers:
         raise Refused(
             f"a term of shape {values.shape}, {values.dtype}; wanted ({length},) of int64"
         )
-    if int(values.min()) < -bound or int(values.max()) > bound:
+    if np.minimum.reduce(values) < -bound or np.maximum.reduce(values) > bound:
         raise Refused(f"a term with a value outside ±{bound}")
     return values
 
@@ -38,7 +38,7 @@ def to_bytes(values: Integers | None, length: int, bound: int) -> memoryview:
         for start in range(0, length, _STRETCH):
             part = values[start : start + _STRETCH]
             narrow[start : start + _STRETCH] = check(part, part.size, bound)
-    return memoryview(narrow.view(np.uint8))
+    return narrow.view(np.uint8).data
 
 
 def from_bytes(data: bytes, length: int, bound: int) -> Integers:

@@ -270,7 +270,7 @@ def _largest(values: npt.NDArray[np.floating[Any]]) -> float:
 
 def _unit(largest: float) -> float:
     """Return what values are divided by before they are squared: 1 nearly always."""
-    return 1.0 if _SQUARED[0] < largest < _SQUARED[1] else largest
+    return 1.0 if not largest or _SQUARED[0] < largest < _SQUARED[1] else largest
 
 
 def _length(values: npt.NDArray[np.floating[Any]], unit: float) -> float:
@@ -307,7 +307,8 @@ def quantise(
         raise BadUpdate("the update holds NaN or Inf; the device's training diverged")
     if not 0 <= weight <= 1:
         raise BadUpdate(f"weight {weight} is not in [0, 1]")
-    if largest and (unit := _unit(largest)) != 1.0:
+    unit = _unit(largest)
+    if unit != 1.0:
         values = values / unit
     rounded = np.empty(values.size + spec.riders, np.int64)
     _round(values, weight * _factor(values, largest, spec), spec, rng, rounded[: values.size])
@@ -391,7 +392,7 @@ def clipped(update: npt.ArrayLike, spec: UpdateSpec) -> Floats:
     """Return ``update`` as its term has it before weight, rounding and noise, in its own unit."""
     values = np.asarray(update, dtype=np.float64)
     largest = _largest(values)
-    unit = _unit(largest) if largest else 1.0
+    unit = _unit(largest)
     return values / unit * (_factor(values / unit, largest, spec) / spec.scale)
 
 
@@ -423,7 +424,11 @@ def encode(
     unless the hub adds the noise. ``rng`` is ``Keystream.fresh()`` wherever there is noise.
     Raises :class:`BadUpdate` as :func:`quantise` does.
     """
-    clipped = quantise(update, spec, rng, weight, riders)
+    return noised(quantise(update, spec, rng, weight, riders), spec, rng)
+
+
+def noised(clipped: Clipped, spec: UpdateSpec, rng: Keystream) -> Integers:
+    """Return a device's term: with its share of the noise, unless the hub adds it."""
     if spec.placement == "central":
         return clipped.values
     return add_noise(clipped, spec, rng).values

@@ -26,7 +26,7 @@ _CANDIDATES: Final = 4 * GOLDEN_INPUTS
 _SLACK: Final = 2.0
 _LEAST_TOLERANCE: Final = 0.01
 """Of the outputs' spread: what an exact model may differ by on another processor."""
-_NOT_SHIPPED: Final = {"rounds", "by_device", "cohort"}
+_NOT_SHIPPED: Final = {"rounds", "turns", "by_device", "cohort"}
 """Facts of a run that stay at the hub."""
 
 
@@ -157,6 +157,7 @@ def card(
             (
                 f"Federated averaging, {facts['rounds']['trained']} rounds, "
                 f"{facts['devices']['trainers']} devices; the data stayed on them. "
+                f"{_part(facts.get('layers', {}))}"
                 f"Sums in mode `{privacy.mode}`, updates clipped to an L2 norm of "
                 f"{_clipped(plan, facts)}, noise multiplier {privacy.noise_multiplier:g}{against}."
             ),
@@ -204,6 +205,16 @@ def _clipped(plan: Plan, facts: Mapping[str, Any]) -> str:
     """Say which clipping norm was used: of one that adapts, the last and the first."""
     first, last = plan.privacy.clip_norm, facts["privacy"].get("clip_norm")
     return f"{first:g}" if last is None else f"{last:.4g} in the last round, adapted from {first:g}"
+
+
+def _part(layers: Mapping[str, int]) -> str:
+    """Say how much of the model was trained, where that is not all."""
+    if not layers.get("frozen"):
+        return ""
+    return (
+        f"Trained were {layers['travelling']:,} weights, those of adapters merged into the layers; "
+        f"{layers['frozen']:,} are as the task has them. "
+    )
 
 
 def _numbers(facts: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

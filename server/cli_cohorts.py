@@ -11,6 +11,8 @@ def put_cohorts(metrics: Mapping[str, Any]) -> None:
     """Print who was left out, accuracy over devices and fairness between groups, where known."""
     for device, why in (metrics.get("cohort") or {}).get("left_out", {}).items():
         put(f"Left out: {clean(device)} ({clean(why)}).")
+    if turns := metrics.get("turns"):
+        put(f"Asked to train: each in {turns['fewest']} to {turns['most']} rounds.")
     if found := metrics.get("spread"):
         put("")
         _put_spread(found)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from atoll.federation import plan as plans
-from atoll.federation import task
 from atoll.federation.errors import BadPlan, DataMissing, LinkError, TaskMissing
 from atoll.federation.plan import Plan
 from atoll.server.cli_progress import RunProgress, outcome, put_rounds
@@ -98,6 +97,8 @@ def run_here(text: str, wanted: Wanted, *, as_json: bool) -> None:
 
 
 def _devices(simulated: Any, plan: Plan, wanted: Wanted, kept: Path) -> Sequence[Any]:  # noqa: ANN401 -- loaded by name
+    from atoll.federation import task
+
     try:
         task.find(plan.task)
         if wanted.examples is not None:
@@ -116,6 +117,11 @@ def _check(plan: Plan, devices: Sequence[Any]) -> None:
     from atoll.federation import release
     from atoll.privacy.errors import BadParameters
 
+    if plan.cohort.rule is not None:
+        raise Misuse(
+            "cohort.rule looks at what agents report to a hub, and without a hub nobody reports: "
+            "leave cohort.rule out"
+        )
     wanted = plan.cohort.labels.items()
     trainers = sum(wanted <= device.labels.items() for device in devices)
     if trainers < plan.cohort.min_devices:

@@ -17,7 +17,7 @@ POLL_SECONDS: Final = 1.0
 PATIENCE: Final = 60.0
 """Seconds for which a hub that is being restarted may be silent."""
 
-TABLED: Final = ("cohort", "fairness", "spread", "spread_left_out")
+TABLED: Final = ("cohort", "fairness", "spread", "spread_left_out", "turns")
 """Facts that :mod:`atoll.server.cli_cohorts` shows."""
 
 Run = Mapping[str, Any]
@@ -123,7 +123,7 @@ class RunProgress:
     def __init__(self) -> None:
         self._before: Run | None = None
         self._stack = ExitStack()
-        self._update: Callable[[str, int, int | None], None] | None = None
+        self._update: Callable[[str, str, int, int | None], None] | None = None
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
@@ -145,47 +145,49 @@ class RunProgress:
                 note(line)
         else:
             where = standing_of(run)
-            self._update(describe(run), where.done, where.planned)
+            self._update(*describe(run), where.done, where.planned)
         self._before = run
 
     def _start_bar(self) -> None:
-        from rich.console import Console
+        from rich.console import Console, Group
+        from rich.live import Live
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.text import Text
 
-        progress = self._stack.enter_context(
-            Progress(
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total} rounds", markup=False),
-                TextColumn("{task.description}", markup=False),
-                TimeElapsedColumn(),
-                console=Console(stderr=True),
-            )
+        progress = Progress(
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total} rounds", markup=False),
+            TextColumn("{task.description}", markup=False),
+            TimeElapsedColumn(),
         )
         task = progress.add_task("", total=None)
+        live = self._stack.enter_context(Live(progress, console=Console(stderr=True)))
 
-        def update(description: str, done: int, total: int | None) -> None:
-            progress.update(task, description=description, completed=done, total=total)
+        def update(head: str, last: str, done: int, total: int | None) -> None:
+            progress.update(task, description=head, completed=done, total=total)
+            # Below the bar, where it may take lines of its own on a narrow terminal.
+            live.update(Group(progress, Text(last)) if last else progress)
 
         self._update = update
 
 
-def describe(run: Run) -> str:
-    """Return in one line where a run stands."""
+def describe(run: Run) -> tuple[str, str]:
+    """Return where a run stands, and what is known of its last round; a line each."""
     words = [run["state"] if run["state"] != "running" else run["stage"] or "starting"]
     rounds = run["rounds"]
-    if rounds:
-        where = standing_of(run)
-        if where.lost:
-            words.append(f"{where.lost} lost")
-        last = rounds[-1]
-        words += facts(last)
-        known = latest(rounds, "accuracy")
-        if last.get("accuracy") is None and known is not None:
-            words.append(f"accuracy {known:.1%} before")
-        left = time_left(rounds, where.to_come)
-        if left and run["state"] == "running":
-            words.append(f"about {span(left)} of training left")
-    return "  ".join(words)
+    if not rounds:
+        return words[0], ""
+    where = standing_of(run)
+    if where.lost:
+        words.append(f"{where.lost} lost")
+    left = time_left(rounds, where.to_come)
+    if left and run["state"] == "running":
+        words.append(f"about {span(left)} of training left")
+    last = facts(rounds[-1])
+    known = latest(rounds, "accuracy")
+    if rounds[-1].get("accuracy") is None and known is not None:
+        last.append(f"accuracy {known:.1%} before")
+    return "  ".join(words), "  ".join(last)
 
 
 def _number(run: Run, place: int) -> str:

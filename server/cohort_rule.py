@@ -60,6 +60,7 @@ _COMPARED: Final = re.compile(
     r"\bdevice\s*\.\s*([A-Za-z_]\w*)\s*(?:==|!=)\s*"
     r"(\"[^\"\\]*\"|'[^'\\]*'|true\b|false\b|-?\d+(?:\.\d+)?)"
 )
+_LISTED: Final = re.compile(r"\bdevice\s*\.\s*([A-Za-z_]\w*)\s+in\s+\[([^\]]*)\]")
 _FAILED: Final = (ValueError, TypeError, RuntimeError, KeyError)
 
 
@@ -77,16 +78,24 @@ def check(rule: str) -> None:
             raise _bad(f"'device.{name}' is no fact", f"the facts are {', '.join(FACTS)}")
     for name, literal in _COMPARED.findall(rule):
         _check_literal(name, literal)
+    for name, listed in _LISTED.findall(rule):
+        for literal in expressions.STRING.findall(listed):
+            _check_literal(name, literal)
     _try_out(program, named(rule))
 
 
 def left_out(rule: str, known: Mapping[str, Known]) -> dict[str, str]:
     """Return which devices may not train, and why, of those of which something is ``known``."""
-    program = _compiled(rule)
-    needed = [name for name in named(rule) if name not in _ASKED.findall(expressions.bare(rule))]
+    program, names = _compiled(rule), named(rule)
+    asked = set(_ASKED.findall(expressions.bare(rule)))
+    needed = [name for name in names if name not in asked]
+    judged: dict[str, str | None] = {}  # many devices are alike, and CEL takes its time
     found = {}
     for device, facts in known.items():
-        why = _why_not(program, needed, named(rule), facts)
+        alike = repr(facts)
+        if alike not in judged:
+            judged[alike] = _why_not(program, needed, names, facts)
+        why = judged[alike]
         if why is not None:
             found[device] = why
     return found

@@ -50,6 +50,23 @@ def of_weights(replies: Mapping[str, EvaluateReply], sides: Sides) -> dict[str, 
     }
 
 
+def of_tuned(replies: Mapping[str, EvaluateReply], sides: Sides) -> dict[str, Any]:
+    """Return the accuracy before and after each device fine-tuned; nothing where none did."""
+    tuned = {name: reply for name, reply in replies.items() if reply.correct_tuned >= 0}
+    there = {side: [name for name in who if name in tuned] for side, who in sides.items()}
+    there = {side: who for side, who in there.items() if who}
+    before = {name: Tally(reply.correct, reply.rows) for name, reply in tuned.items()}
+    after = {name: Tally(reply.correct_tuned, reply.rows) for name, reply in tuned.items()}
+    if not there:
+        return {}
+    return {
+        "fine_tuned": {
+            side: {"before": total(before, who).accuracy, "after": total(after, who).accuracy}
+            for side, who in _with_all(there).items()
+        }
+    }
+
+
 def of_models(
     exact: Mapping[str, Confusion], shipped: Mapping[str, Confusion], sides: Sides
 ) -> dict[str, Any]:

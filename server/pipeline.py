@@ -20,11 +20,12 @@ from typing import Any, Final, NamedTuple
 
 from flwr.serverapp import Grid
 
-from atoll.federation import buffered, evaluation, parameters, release, rounds
+from atoll.federation import buffered, evaluation, layout, parameters, release, rounds
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.cohort import Cohort
 from atoll.federation.errors import BadPlan, RoundFailed
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock
+from atoll.federation.layout import Layout
 from atoll.federation.messages import EvaluateReply
 from atoll.federation.plan import Plan
 from atoll.federation.task import Grouped, Task
@@ -62,7 +63,7 @@ class Job:
     rules: Sequence[Rule] = policy.RULES
     clock: Clock = SYSTEM_CLOCK
     attempt: int = 1
-    left_out: Callable[[], Mapping[str, str]] = dict
+    left_out: Callable[[], Mapping[str, str]] | None = None
     """Says which trainers may not train now by ``cohort.rule``, and why."""
 
     @property
@@ -118,24 +119,31 @@ def run(
         recorder.metrics(found)
 
     recorder.stage("train")
-    initial = parameters.flatten(job.task.model(job.plan.seed))
+    shape = layout.of(job.task, job.plan.seed, job.plan.layers)
+    note(layers=shape.counts())
+    initial = shape.initial
     recorder.record(
         record.beginning(job.plan, job.task, job.cohort, initial, job.attempt, job.created)
     )
-    outcome = _train(job, session, ledger, examples, recorder, note, checkpoints, initial)
+    outcome = _train(job, shape, session, ledger, examples, recorder, note, checkpoints)
     weights = outcome.weights
     digests = {"in": record.of_weights(initial), "out": record.of_weights(weights)}
     recorder.record({"weights": digests})
     if outcome.turns:  # "known" are those that were asked to train
+        turns = [outcome.turns.get(name, 0) for name in job.cohort.trainers]
+        note(turns={"devices": len(turns), "fewest": min(turns), "most": max(turns)})
         asked = [name for name in job.cohort.trainers if name in outcome.turns]
         job = replace(job, cohort=replace(job.cohort, trainers=asked))
     recorder.stage("evaluate")
-    replies = _evaluate(job, weights)
+    replies = _evaluate(job, weights, shape.frozen)
     note(**measures.of_weights(replies, sides_of(job.cohort.trainers, replies)))
+    note(**measures.of_tuned(replies, sides_of(job.cohort.trainers, replies)))
+    if job.plan.layers.local:
+        verdicts = policy.judge(facts, [policy.WHOLE])
+        note(gates=[verdict.plain() for verdict in verdicts])
+        return Result(None, verdicts, facts)
     recorder.stage("export")
-    model = job.task.model(job.plan.seed)
-    parameters.unflatten(model, weights)
-    exact = export.to_onnx(model, job.task.input_shape)
+    exact = export.to_onnx(shape.exported(weights), job.task.input_shape)
     recorder.stage("ranges")
     tensors = export.observed(exact)
     spans = job.questions.activations(export.augment(exact), job.cohort.trainers, tensors)
@@ -203,13 +211,13 @@ def features_of(task: Task) -> FeatureSpec:
 
 def _train(
     job: Job,
+    shape: Layout,
     session: HubSession,
     ledger: Ledger,
     examples: Ledger | None,
     recorder: Recorder,
     note: Callable[..., None],
     checkpoints: Checkpoints | None,
-    initial: parameters.Vector,
 ) -> rounds.Outcome:
     plan = job.plan
     of_example = example_event(plan)
@@ -232,10 +240,11 @@ def _train(
         session,
         charge,
         recorder.round,
-        initial,
+        shape.initial,
         run=job.run,
         checkpoints=checkpoints,
         clock=job.clock,
+        frozen=shape.frozen,
         left_out=_left_out(job, note),
     )
     spent = ledger.spent()
@@ -272,19 +281,22 @@ def _train(
     return outcome
 
 
-def _left_out(job: Job, note: Callable[..., None]) -> Callable[[], Collection[str]]:
-    """Return who may not train now, noting it in the run's facts when it changes."""
+def _left_out(job: Job, note: Callable[..., None]) -> Callable[[], Collection[str]] | None:
+    """Return what says who may not train now, noting it in the run's facts when it changes."""
+    rule, look_up = job.plan.cohort.rule, job.left_out
+    if rule is None or look_up is None:
+        return None
     noted: dict[str, Mapping[str, str]] = {}
 
     def look() -> Collection[str]:
-        found = {name: why for name, why in job.left_out().items() if name in job.cohort.trainers}
-        if job.plan.cohort.rule is not None and noted.get("now") != found:
+        found = {name: why for name, why in look_up().items() if name in job.cohort.trainers}
+        if noted.get("now") != found:
             noted["now"] = found
             trainers = len(job.cohort.trainers)
             listed = dict(list(found.items())[:LISTED])
             note(
                 cohort={
-                    "rule": job.plan.cohort.rule,
+                    "rule": rule,
                     "trainers": trainers,
                     "eligible": trainers - len(found),
                     "left_out": listed,
@@ -307,7 +319,8 @@ def protect_examples(job: Job, examples: Ledger | None) -> None:
         raise BadPlan("[privacy.examples] needs a ledger of examples, and this run has none")
     from atoll.federation import example_privacy  # loads Opacus
 
-    example_privacy.check(job.task.model(job.plan.seed), job.task.input_shape)
+    shape = layout.of(job.task, job.plan.seed, job.plan.layers)
+    example_privacy.check(shape.model, job.task.input_shape)
 
 
 def check_groups(job: Job, rules: Sequence[Rule]) -> None:
@@ -320,16 +333,25 @@ def check_groups(job: Job, rules: Sequence[Rule]) -> None:
         )
 
 
-def _evaluate(job: Job, weights: parameters.Vector) -> dict[str, EvaluateReply]:
+def _evaluate(job: Job, weights: parameters.Vector, frozen: str) -> dict[str, EvaluateReply]:
     """Evaluate the float weights on the devices' held-back data; return the sound replies."""
     timeout = job.plan.cohort.round_timeout
     replies = evaluation.evaluate(
-        job.grid, job.cohort, job.plan.task, weights, timeout, clock=job.clock
+        job.grid,
+        job.cohort,
+        job.plan.task,
+        weights,
+        timeout,
+        clock=job.clock,
+        plan=job.plan,
+        run=job.run,
+        frozen=frozen,
     )
     sound = {
         name: reply
         for name, reply in replies.items()
-        if 0 <= reply.correct <= reply.rows and math.isfinite(reply.loss)
+        if 0 <= reply.correct <= reply.rows >= reply.correct_tuned >= -1
+        and math.isfinite(reply.loss)
     }
     if len(sound) < job.plan.cohort.min_devices:
         raise RoundFailed(

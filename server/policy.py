@@ -61,6 +61,9 @@ RULES: Final[Sequence[Rule]] = (
     Rule("privacy budget", "!has(privacy.budget) || privacy.epsilon <= privacy.budget"),
 )
 
+WHOLE: Final = Rule("no layers stay on devices", "layers.local == 0.0")
+"""What a model must come up to before there is one: of layers that stay, the hub has none."""
+
 
 def judge(facts: Mapping[str, Any], rules: Iterable[Rule] = RULES) -> list[Verdict]:
     """Evaluate every rule over ``facts``, nested mappings of numbers, strings and booleans."""
@@ -71,8 +74,9 @@ def judge(facts: Mapping[str, Any], rules: Iterable[Rule] = RULES) -> list[Verdi
 FACTS: Final = frozenset(
     {
         *("accuracy", "by_device", "cohort", "confusion", "delta", "devices", "epsilon"),
-        *("fairness", "golden", "loss", "model", "privacy", "profile", "rounds", "rows"),
-        *("spread", "spread_left_out"),
+        *("fairness", "fine_tuned", "golden", "layers", "loss", "model", "privacy", "profile"),
+        *("rounds", "rows"),
+        *("spread", "spread_left_out", "turns"),
     }
 )
 """What a rule may be about: the names of a run's facts."""

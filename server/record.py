@@ -142,9 +142,7 @@ def document(connection: Connection, run: str) -> dict[str, Any]:
         **(row["record"] or {}),
         "rounds": [_round(dict(one)) for one in connection.execute(told).mappings()],
         "ledger": [dict(one) for one in connection.execute(charged).mappings()],
-        "metrics": {
-            name: value for name, value in (row["metrics"] or {}).items() if name != "by_device"
-        },
+        "metrics": _nameless(row["metrics"] or {}),
     }
 
 
@@ -180,6 +178,14 @@ def _round(row: Mapping[str, Any]) -> dict[str, Any]:
     left_out = {"run", "survivors", "dropped"}
     kept = {name: value for name, value in row.items() if name not in left_out}
     return kept | {"drawn": asked(row), "in_sum": len(row["survivors"])}
+
+
+def _nameless(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's metrics without what is told by device."""
+    kept = {name: value for name, value in metrics.items() if name != "by_device"}
+    if "cohort" in kept:  # whoever is left out is among the trainers and not eligible
+        kept["cohort"] = {k: v for k, v in kept["cohort"].items() if k != "left_out"}
+    return kept
 
 
 def _finite(value: Any) -> Any:  # noqa: ANN401  JSON in, JSON out

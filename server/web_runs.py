@@ -40,6 +40,7 @@ def run_row(row: Mapping[str, Any]) -> dict[str, Any]:
         "spread_left_out": metrics.get("spread_left_out") or {},
         "fairness": metrics.get("fairness"),
         "cohort": metrics.get("cohort"),
+        "turns": metrics.get("turns"),
         "best": {split: by.get("int8", by.get("float")) for split, by in accuracy.items()},
         "seconds": row["ended_at"] - row["started_at"]
         if row["ended_at"] is not None and row["started_at"] is not None

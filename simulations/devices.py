@@ -40,7 +40,13 @@ from atoll.fleet.queries import Split as Asked
 from atoll.fleet.topics import check_device_id
 from atoll.privacy.modes import PartyIdentity, party_session
 from atoll.simulations import populations
-from atoll.simulations.populations import ROWS, DirichletPopulation, Population, Simulated
+from atoll.simulations.populations import (
+    ROWS,
+    DirichletPopulation,
+    PeoplePopulation,
+    Population,
+    Simulated,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -242,10 +248,14 @@ def _dealt(task: str, devices: int, seed: int, device: int) -> Task:
 def _population(task: str, devices: int, seed: int) -> Simulated:
     """Return devices that share out all the examples there are, with :data:`ROWS` at the least."""
     simulated = populations.named(task, devices, seed)
-    population: Any = simulated.population
+    population = simulated.population
     if isinstance(population, DirichletPopulation):
-        pool = len(population.train.y)
-    else:
-        pool = sum(len(person.train.y) for person in population.people)
-    shared = dataclasses.replace(population, rows=max(ROWS, pool // devices))
-    return Simulated(simulated.task, shared)
+        population = dataclasses.replace(population, rows=_rows(len(population.train.y), devices))
+    elif isinstance(population, PeoplePopulation):
+        examples = sum(len(person.train.y) for person in population.people)
+        population = dataclasses.replace(population, rows=_rows(examples, devices))
+    return Simulated(simulated.task, population)
+
+
+def _rows(examples: int, devices: int) -> int:
+    return max(ROWS, examples // devices)

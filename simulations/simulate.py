@@ -31,15 +31,27 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from atoll.federation import batched, control, local_update, parameters, release, rounds, training
+from atoll.federation import (
+    batched,
+    codec,
+    control,
+    layout,
+    local_update,
+    parameters,
+    release,
+    rounds,
+    training,
+)
 from atoll.federation.batched import Client
 from atoll.federation.checkpoints import Checkpoint
+from atoll.federation.codec import Sketch
 from atoll.federation.cohort import draw
 from atoll.federation.control import Control
 from atoll.federation.conversation import Learned
 from atoll.federation.errors import BadPlan, RoundFailed, Unbatchable
+from atoll.federation.layout import Layout
 from atoll.federation.parameters import Vector
-from atoll.federation.plan import Cohort, Plan, Privacy
+from atoll.federation.plan import Codec, Cohort, Layers, Plan, Privacy
 from atoll.federation.riders import Riders
 from atoll.federation.task import Task
 from atoll.federation.training import Trained
@@ -69,7 +81,7 @@ PART: Final = 25
 _HEEDED: Final = {
     Plan: {
         *("name", "task", "model", "rounds", "evaluate_every", "seed"),
-        *("training", "cohort", "privacy", "gates"),
+        *("training", "cohort", "privacy", "gates", "layers", "codec"),
     },
     Cohort: {"labels", "min_devices", "round_timeout", "sampling_rate"},
     Privacy: {
@@ -77,6 +89,8 @@ _HEEDED: Final = {
         *("clip_quantile", "clip_rate", "rider_noise_multiplier", "delta", "budget_epsilon"),
         "telemetry_noise",
     },
+    Layers: {"trained", "lora_layers", "lora_rank", "lora_alpha"},
+    Codec: {"kind", "share", "error_feedback", "downlink"},
 }
 """What a simulation knows how to do; another field must have its default."""
 
@@ -114,17 +128,21 @@ class Ended:
     reason: str
 
 
+Train = Callable[[Vector, Iterable[Client]], Iterator[Trained]]
+
+
 class Trainer(NamedTuple):
     """How devices train: weights and clients to what they come to, in order."""
 
-    train: Callable[[Vector, Iterable[Client]], Iterator[Trained]]
+    train: Train
     engine: Literal["batched", "one by one"]
     reason: str = ""
 
 
 def trainer_of(task: Task, plan: Plan) -> Trainer:
     """Return the batched trainer, or the device's own where that is faster or the only one."""
-    model, settings = task.model(plan.seed), plan.training
+    shape, settings = layout.of(task, plan.seed, plan.layers), plan.training
+    model = shape.model
 
     def alone(weights: Vector, clients: Iterable[Client]) -> Iterator[Trained]:
         for client in clients:
@@ -138,14 +156,33 @@ def trainer_of(task: Task, plan: Plan) -> Trainer:
             )
 
     if not batched.worthwhile(model, task.input_shape, settings, batched.default_device()):
-        return Trainer(alone, "one by one", "on a CPU that is faster for a network of this size")
+        return Trainer(
+            _of_part(shape, alone),
+            "one by one",
+            "on a CPU that is faster for a network of this size",
+        )
     try:
         batched.check(model, task.input_shape, len(task.classes), settings)
     except Unbatchable as error:
-        return Trainer(alone, "one by one", str(error))
+        return Trainer(_of_part(shape, alone), "one by one", str(error))
     return Trainer(
-        lambda weights, clients: batched.train(model, weights, clients, settings), "batched"
+        _of_part(shape, lambda weights, clients: batched.train(model, weights, clients, settings)),
+        "batched",
     )
+
+
+def _of_part(shape: Layout, train: Train) -> Train:
+    """Return what trains on all weights as what is told, and tells, of those that travel."""
+
+    def all_of(client: Client) -> Client:
+        given = client.correction
+        return client if given is None else client._replace(correction=shape.alone(given))
+
+    def on_part(weights: Vector, clients: Iterable[Client]) -> Iterator[Trained]:
+        for done in train(shape.whole(weights), map(all_of, clients)):
+            yield done._replace(weights=shape.travelling(done.weights))
+
+    return on_part
 
 
 def run(
@@ -177,21 +214,21 @@ def run(
     and :class:`RoundFailed` when updates diverge round after round.
     """
     task, population = simulated
-    model = task.model(plan.seed)
-    initial = parameters.flatten(model)
+    shape = layout.of(task, plan.seed, plan.layers)
+    initial = shape.initial
     check(plan, population.size, cohort, len(initial))
-    trainer, trained = trainer_of(task, plan), parameters.mask(model)
+    trainer, trained = trainer_of(task, plan), shape.travelling(parameters.mask(shape.model))
     own = {} if carried is None else carried
     devices = _Devices(plan, population, cohort, trainer, name, trained, own)
     with devices.crew(len(initial), workers) as crew:
         state = start or Checkpoint.fresh(name, initial)
-        return _rounds(devices, crew, model, state, on_round, every, keep, clock)
+        return _rounds(devices, crew, shape, state, on_round, every, keep, clock)
 
 
 def _rounds(
     devices: "_Devices",
     crew: "_Crew",
-    model: nn.Module,
+    shape: Layout,
     state: Checkpoint,
     on_round: Callable[[Round], None],
     every: int,
@@ -200,6 +237,7 @@ def _rounds(
 ) -> Ended:
     """Run the rounds from ``state`` on."""
     plan, population, cohort, name = devices.plan, devices.population, devices.cohort, devices.run
+    model = shape.model
     failures = 0
     ledger = Ledger(MemoryStore(), plan.model, plan.privacy.budget_epsilon, plan.privacy.delta)
     event = cost(plan, population.size, cohort)
@@ -234,7 +272,7 @@ def _rounds(
             loss=heard.loss,
             epsilon=spent if math.isfinite(spent) else None,
             clip_norm=clip_norm,
-            accuracy=accuracy(model, state.result, population) if looked else None,
+            accuracy=accuracy(model, shape.whole(state.result), population) if looked else None,
         )
         state = replace(state, ended=number)
         if keep:
@@ -249,7 +287,7 @@ def _rounds(
         state.result,
         state.trained,
         ended,
-        accuracy(model, state.result, population),
+        accuracy(model, shape.whole(state.result), population),
         devices.trainer.engine,
         devices.trainer.reason,
     )
@@ -260,7 +298,7 @@ def check(plan: Plan, size: int, cohort: int | None, length: int) -> None:
 
     ``length`` is the number of the model's parameters.
     """
-    for part in (plan, plan.cohort, plan.privacy):
+    for part in (plan, plan.cohort, plan.privacy, plan.layers, plan.codec):
         known = _HEEDED[type(part)]
         for field in msgspec.structs.fields(part):
             made = field.default_factory
@@ -269,6 +307,11 @@ def check(plan: Plan, size: int, cohort: int | None, length: int) -> None:
                 raise BadPlan(
                     f"{field.name} cannot be simulated; leave it out, or run the plan on devices"
                 )
+    if plan.codec.feedback:
+        raise BadPlan(
+            "simulated devices keep nothing, and error feedback is what a device keeps: use "
+            'codec.kind = "random-mask" without error_feedback, or run the plan on devices'
+        )
     if plan.training.deadline is not None:
         raise BadPlan(
             "simulated devices take no time that a deadline could end; leave training.deadline out"
@@ -284,7 +327,7 @@ def check(plan: Plan, size: int, cohort: int | None, length: int) -> None:
             f"({plan.cohort.min_devices}) and at most the {size} devices there are"
         )
     spec = release.update_spec(plan, plan.privacy.clip_norm)
-    modes.check(plan.privacy.mode, spec, release.values(plan, length), cohort or size)
+    modes.check(plan.privacy.mode, spec, release.rounded(plan, length), cohort or size)
     in_the_clear = msgspec.structs.replace(plan.privacy, mode="plain")
     release.check_population(msgspec.structs.replace(plan, privacy=in_the_clear), size)
 
@@ -341,6 +384,7 @@ class _Order(NamedTuple):
     weights: Vector
     clip_norm: float
     shared: Vector
+    sketch: Sketch
 
 
 _Crew = Workers[_Order, tuple[list[float], dict[int, Vector]]]
@@ -402,8 +446,13 @@ class _Devices:
         if len(drawn) < plan.cohort.min_devices:
             return _NOTHING
         spec = release.update_spec(plan, clip_norm)
+        how = plan.codec
+        weights = parameters.from_bytes(parameters.to_bytes(weights, how.downlink), how.downlink)
+        places = codec.places(how, len(weights), plan.seed, self.run, number)
+        sketch = Sketch(how.kind, how.share or 1.0, places)
         crew = crew or self.crew(len(weights), 1)
-        total, heard = crew.sum(_Order(number, weights, clip_norm, shared), self._parts(drawn))
+        order = _Order(number, weights, clip_norm, shared, sketch)
+        total, heard = crew.sum(order, self._parts(drawn))
         losses = [loss for part, _ in heard for loss in part]
         following = {device: own for _, part in heard for device, own in part.items()}
         if len(losses) < plan.cohort.min_devices:
@@ -414,6 +463,7 @@ class _Devices:
         mean, shared = control.following(
             plan, riders.mean(sums, spec, devices), shared, devices / size
         )
+        mean = codec.spread(how, mean, places, len(weights))
         learned = Learned(mean, riders.next_clip_norm(plan, clip_norm, sums, devices), shared)
         self.own.update(following)
         return _Heard(learned, len(losses), float(np.mean(losses)))
@@ -448,7 +498,7 @@ class _Devices:
             reach = control.reach(trained.steps, plan.training)
             sent = mine.sent(change, reach, self.trained) if mine else change
             try:
-                total += _term(sent, trained.steps, client, spec, plan)
+                total += _term(sent, trained.steps, client, spec, plan, order.sketch)
             except BadUpdate:
                 continue
             losses.append(trained.loss)
@@ -499,7 +549,12 @@ def name_of(device: int) -> str:
 
 
 def _term(
-    sent: Vector | npt.NDArray[np.float64], steps: int, told: _Told, spec: UpdateSpec, plan: Plan
+    sent: Vector | npt.NDArray[np.float64],
+    steps: int,
+    told: _Told,
+    spec: UpdateSpec,
+    plan: Plan,
+    sketch: Sketch,
 ) -> Integers:
     """Return a device's term."""
     how = plan.training
@@ -511,4 +566,5 @@ def _term(
         Riders.of(plan),
         spec,
         Keystream.replayable(told.seed),
-    )
+        sketch,
+    ).term

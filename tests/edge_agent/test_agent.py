@@ -116,6 +116,9 @@ def test_installs_serves_watches_updates_refuses_and_says_goodbye(paths, hub, br
         wait_until(
             lambda: any(one.rss.get("serving") for one in broker.bodies(wire.Health)), "health"
         )
+        first = broker.bodies(wire.Health)[0]
+        assert first.accelerator is not None
+        assert first.examples is None  # nothing trains, so nobody has counted
         infer(url, x[:3])
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0

@@ -66,3 +66,9 @@ def test_noise_on_counts_needs_numpy_and_cryptography_alone():
     assert not after & {"torch", "flwr", "scipy", "dp_accounting", "tenseal", "opacus", "msgpack"}
     named = {name for name in after - before if not name.startswith("_")}
     assert named <= {"cryptography"} | set(sys.stdlib_module_names)
+
+
+def test_the_training_process_is_without_torch_until_it_trains():
+    tops, resident = imported("atoll.edge_agent.trainer")
+    assert "torch" not in tops
+    assert resident < 160 * 10**6

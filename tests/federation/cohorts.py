@@ -7,10 +7,12 @@ from pathlib import Path
 
 import msgspec
 from blobs import Blobs, write
+from flwr.clientapp import ClientApp
 
-from atoll.federation import client_app, parameters, plan, rounds
+from atoll.federation import client_app, layout, plan, rounds
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.engine import InProcessGrid
+from atoll.federation.kept import Kept
 from atoll.fleet.identity import Authority, Identity, peer_of
 from atoll.privacy.keystream import Keystream
 from atoll.privacy.modes import PartyIdentity, hub_session, party_session
@@ -61,6 +63,7 @@ class Fleet:
         entropy: Keystream | None = None,
         task: Blobs | None = None,
     ) -> rounds.Outcome:
+        shape = layout.of(task or Blobs(), the_plan.seed, the_plan.layers)
         return rounds.run_rounds(
             self.grid,
             the_plan,
@@ -68,11 +71,12 @@ class Fleet:
             hub_session(the_plan.privacy.mode, self.cohort.roster),
             lambda number, _: charge(number),
             on_round,
-            parameters.flatten((task or Blobs()).model(the_plan.seed)),
+            shape.initial,
             run=run,
             checkpoints=checkpoints,
             clock=self.grid.clock,
             entropy=entropy,
+            frozen=shape.frozen,
         )
 
 
@@ -82,6 +86,8 @@ def fleet(
     tasks: Mapping[str, Blobs] | None = None,
     sums: Callable[[str, PartySum], PartySum] = lambda _, party: party,
     floors: Mapping[str, client_app.Floor] = {},
+    kept: Mapping[str, Kept] = {},
+    grid: Callable[[Mapping[int, ClientApp]], InProcessGrid] = InProcessGrid,
 ) -> Fleet:
     """Return a fleet of ``devices``: all train, all evaluate."""
     now = datetime.now(UTC)
@@ -105,6 +111,7 @@ def fleet(
             lambda mode, me=me, name=name: sums(name, party_session(mode, me)),
             {"echo": bytes.upper},
             floor=floors.get(name, client_app.NO_FLOOR),
+            kept=kept.get(name),
         )
     cohort = rounds.Cohort(members, sorted(members), sorted(members))
-    return Fleet(InProcessGrid(apps), cohort)
+    return Fleet(grid(apps), cohort)

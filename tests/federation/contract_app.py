@@ -9,7 +9,7 @@ from blobs import Blobs
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from atoll.federation import parameters, plan, rounds
+from atoll.federation import buffered, parameters, plan, rounds
 from atoll.federation.bundled_grid import BundledGrid
 from atoll.federation.evaluation import ask, evaluate
 from atoll.privacy.modes import hub_session
@@ -43,7 +43,8 @@ def main(grid: Grid, context: Context) -> None:
         )
         (folder / "rounds.json").write_text(json.dumps(reports))
 
-    done = rounds.run_rounds(
+    run_plan = buffered.run_buffered if the_plan.asynchrony else rounds.run_rounds
+    done = run_plan(
         grid,
         the_plan,
         cohort,

@@ -16,13 +16,14 @@ import mortal
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, Hub, wait_for
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from links import HERE, Hub, wait_for
 from sqlalchemy import insert
 
 from atoll.federation import parameters, plan, rounds
 from atoll.federation.checkpoints import Checkpoints
+from atoll.federation.errors import LinkError
 from atoll.federation.evaluation import ask
 from atoll.federation.exchange import SYSTEM_CLOCK
 from atoll.federation.ray_engine import RayGrid, ray_grid
@@ -292,3 +293,9 @@ def test_a_process_that_dies_is_an_error_of_its_own_devices(
     began = time.monotonic()
     assert ask(grid, node, "echo", b"ping", 30) == {}
     assert time.monotonic() - began < 30  # told at once, not found out by waiting
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1", "127.0.0.1:ray"])
+def test_where_no_ray_is_a_sentence_says_so_at_once(address: str) -> None:
+    with pytest.raises(LinkError, match="no Ray cluster answers at"), ray_grid({}, address):
+        pass

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from blobs import Blobs, write
-from conftest import Hub, wait_for
+from links import Hub, wait_for
 
 from atoll.federation import client_app
 from atoll.federation.errors import LinkError
@@ -82,6 +82,38 @@ def test_an_encrypted_run_completes_without_a_killed_node(
         r"^(\S+): ([0-9.]+) s to fetch", (hub.folder / "one.log").read_text(), re.MULTILINE
     )
     assert {kind for kind, _ in spent} == {"train", "train.sum", "evaluate", "query"}
+
+
+def test_asynchronous_steps_do_not_wait_for_a_node_that_stalls(hub: Hub, tmp_path: Path) -> None:
+    nodes, data, identities = {}, {}, {}
+    for number, device in enumerate(["quick", "swift", "stalled"]):
+        identities[device], mine = hub.identity(device)
+        nodes[device] = hub.admin.register_node(mine.public_pem())
+        data[device] = write(tmp_path / device, number)
+    (data["stalled"] / "stall-after").write_text("0")
+    plain = PLAN.format(rounds=3, timeout=90).replace('"he"', '"plain"')
+    job = {
+        "plan": f"{plain}asynchrony = {{ buffer = 2, concurrency = 3 }}",
+        "nodes": nodes,
+        "certificates": {name: (at / "cert.pem").read_text() for name, at in identities.items()},
+        "trainers": list(nodes),
+    }
+    (hub.folder / "job2.json").write_text(json.dumps(job))
+    (hub.folder / "result.json").unlink(missing_ok=True)
+    with (
+        hub.node("quick", identities["quick"], data["quick"]),
+        hub.node("swift", identities["swift"], data["swift"]),
+        hub.node("stalled", identities["stalled"], data["stalled"]) as third,
+    ):
+        run = hub.admin.start_run("contract_app:app", {"job": "job2"})
+        wait_for(lambda: hub.admin.run_status(run).state == "finished", 150, "the run")
+        third.kill()
+    status = hub.admin.run_status(run)
+    assert status.outcome == "completed", status.detail
+    result = json.loads((hub.folder / "result.json").read_text())
+    assert [entry["survivors"] for entry in result["rounds"]] == [["quick", "swift"]] * 3
+    # Were it waited for, it would be among the dropped.
+    assert [entry["dropped"] for entry in result["rounds"]] == [{}] * 3
 
 
 def test_a_run_that_the_superlink_does_not_know_has_failed_and_may_be_stopped(hub: Hub) -> None:

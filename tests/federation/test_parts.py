@@ -19,6 +19,7 @@ from atoll.federation import messages, parameters, plan, task, training
 from atoll.federation.errors import BadMessage, BadPlan, DataMissing, TaskMissing
 from atoll.federation.exchange import FASTEST_POLL, poll_delay
 from atoll.federation.flower import TlsFiles, superexec_command, superlink_command
+from atoll.federation.plan import CodecKind, Number
 from atoll.privacy.update import Placement
 
 KINDS = (
@@ -36,7 +37,8 @@ VALUES = {
     bytes: st.binary(max_size=50),
     int: st.integers(0, 2**62),
     float: st.floats(allow_nan=False),
-    Placement: st.sampled_from(get_args(Placement)),
+    bool: st.booleans(),
+    **{kind: st.sampled_from(get_args(kind)) for kind in (Placement, CodecKind, Number)},
 }
 
 

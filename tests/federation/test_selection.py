@@ -172,6 +172,13 @@ def test_a_rule_is_looked_at_anew_before_each_round(tmp_path, mode) -> None:
     assert done.turns == {"device-1": 2, "device-2": 2, "device-3": 2, "device-4": 3}
 
 
+def test_a_rule_that_nobody_can_judge_does_not_run(tmp_path) -> None:
+    with pytest.raises(BadPlan, match=r"cohort\.rule"):
+        fleet(tmp_path, 2).run(varied(plan_of(), cohort={"rule": "device.power"}))
+    assert selection.judged(None, None)() == ()
+    assert selection.judged("device.power", Rule({"a"}))() == {"a"}
+
+
 def test_a_rule_that_few_meet_is_waited_for(tmp_path) -> None:
     here, reports = fleet(tmp_path, 3), []
     few = {"device-1", "device-2"}

@@ -173,3 +173,11 @@ def test_an_empty_stretch_gets_no_edges() -> None:
 def test_ranges_and_counts_of_different_features_do_not_go_together() -> None:
     with pytest.raises(BadProfile, match="different features"):
         quantile_edges({}, Ranges({"a": (0.0, 1.0)}))
+
+
+def test_an_image_is_watched_by_the_moments_of_its_channels() -> None:
+    x = np.random.default_rng(3).normal(size=(4, 2, 5, 6)).astype(np.float32)
+    values, names = features(SIGNALS, x)
+    assert names == ("x:mean", "x:std", "y:mean", "y:std")
+    np.testing.assert_allclose(values[:, 2], x[:, 1].astype(np.float64).mean(axis=(1, 2)))
+    np.testing.assert_allclose(values[:, 3], x[:, 1].astype(np.float64).std(axis=(1, 2)))

@@ -195,6 +195,13 @@ def test_synthetic_examples_need_no_counts_and_no_time() -> None:
     np.testing.assert_allclose(drawn.std(axis=2), 1, rtol=1e-3)
 
 
+def test_synthetic_images_have_the_moments_that_were_drawn_for_their_channels() -> None:
+    flat = synthesise(PROFILE, (2, 30), 5, np.random.default_rng(2))
+    images = synthesise(PROFILE, (2, 5, 6), 5, np.random.default_rng(2))
+    assert images.shape == (5, 2, 5, 6)
+    assert images.tobytes() == flat.tobytes()
+
+
 def test_synthetic_examples_of_another_shape_are_refused() -> None:
     for shape in ((3, 40), (2,), (2, 0)):
         with pytest.raises(BadProfile, match="do not fit"):

@@ -21,7 +21,7 @@ def test_cohorts_and_groups_are_tables_and_no_lines_of_their_own(capsys) -> None
     assert known.split() == ["known", "8", "1040", *shares]
     assert "equalised odds, difference" in shown
     assert "Not shown: unseen (2 devices, fewer than cohort.min_devices = 3)." in shown
-    assert 'Left out: watch-05 (device.power = "battery").' in shown
+    assert "Left out: watch-05 (device.power = battery)." in shown
 
 
 def test_a_device_shows_what_it_told_and_nothing_of_what_it_did_not() -> None:

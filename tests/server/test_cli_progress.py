@@ -1,10 +1,20 @@
 """Following a run."""
 
+import io
 import itertools
+import re
 
 import pytest
 
-from atoll.server.cli_progress import PATIENCE, describe, follow, lines, outcome, standing_of
+from atoll.server.cli_progress import (
+    PATIENCE,
+    RunProgress,
+    describe,
+    follow,
+    lines,
+    outcome,
+    standing_of,
+)
 from atoll.server.client import NoHub
 
 PLAN = 'name = "n"\ntask = "t"\nmodel = "m"\nrounds = 3\n'
@@ -42,8 +52,9 @@ def test_each_change_is_a_line_and_no_change_is_none():
 
 
 def test_the_time_left_is_that_of_the_rounds_to_come():
-    assert "about 4 s of training left" in describe(a_run(done=1))
-    assert "left" not in describe(a_run("gated", done=1))
+    assert describe(a_run(done=1))[0] == "train  about 4 s of training left"
+    assert describe(a_run("gated", done=1))[0] == "gated"
+    assert describe(a_run()) == ("train", "")
 
 
 def test_a_round_says_what_it_moved_and_how_right_the_weights_are():
@@ -51,7 +62,28 @@ def test_a_round_says_what_it_moved_and_how_right_the_weights_are():
     run["rounds"][0] |= {"bytes_up": 3 * 2**20, "bytes_down": 1536, "accuracy": 0.875}
     said = "loss 1.0000  accuracy 87.5%  ε 10  2 of 3 devices  3.0 MiB up, 1.5 KiB down  2.0 s"
     assert lines(None, run)[1] == f"round 1/3  {said}"
-    assert describe(run) == f"train  {said}  about 4 s of training left"
+    assert describe(run) == ("train  about 4 s of training left", said)
+
+
+def test_the_last_known_accuracy_stays_in_sight():
+    run = a_run(done=2)
+    run["rounds"][0]["accuracy"] = 0.875
+    assert describe(run)[1].endswith("2 of 3 devices  2.0 s  accuracy 87.5% before")
+
+
+def test_a_terminal_is_shown_all_of_it_however_narrow(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    run = a_run(done=2)
+    run["rounds"][1] |= {"bytes_up": 3 * 2**20, "bytes_down": 1536, "accuracy": 0.875}
+    with RunProgress() as progress:
+        progress.show(run)
+    said = " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", " ", screen.getvalue()).split())
+    assert "2/3 rounds train about 2 s of training left" in said
+    assert "loss 0.5000 accuracy 87.5% ε 20 2 of 3 devices 3.0 MiB up, 1.5 KiB down 2.0 s" in said
 
 
 def test_an_accuracy_that_comes_after_its_round_is_a_line_of_its_own():

@@ -1,6 +1,8 @@
 """Cohorts by rule: what a rule lets, what is found wrong with one beforehand, and whole runs."""
 
+import re
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from test_server_app import NOW, Hub, _plan
 
+from atoll.edge_agent.facts import NODES
 from atoll.server import cohort_rule, device_facts, runs, schema, server_app  # after the path
 from atoll.server.cohort_rule import FACTS, check, left_out
 from atoll.server.errors import BadInput
@@ -64,6 +67,7 @@ def test_a_rule_lets_who_meets_it_and_no_other(rule, falls_short) -> None:
         ('device.rows == "256"', r"'device\.rows' is compared with \"256\".*a whole number"),
         ("device.power == 1", r"'device\.power' is compared with 1.*text"),
         ("device.drifted == 0", "true or false"),
+        ('device.network in ["wifi", "lan"]', r"'device\.network' is never \"lan\""),
         ("device.rows", "comes out as 0"),
         ('!device.drifted && device.rows > "a"', r"cannot be evaluated \(device\.drifted"),
         ("device.rows + 1.5 > 2.0", "cannot be evaluated"),
@@ -161,6 +165,7 @@ def test_a_run_trains_on_the_devices_of_its_rule_and_says_whom_it_left_out_and_w
     assert took_part == [["device-1", "device-2"]] * 3
     assert known["device-1"] == {"took_part": 3}
     assert known["device-3"] == {"took_part": 0}
+    assert row["metrics"]["turns"] == {"devices": 3, "fewest": 0, "most": 3}
     assert row["metrics"]["devices"]["trainers"] == 2
     assert row["metrics"]["rows"]["known"] == 240  # device-3 trained nothing, so it is unseen
     assert row["metrics"]["rows"]["unseen"] == 240
@@ -235,6 +240,33 @@ def test_a_plan_with_such_a_cohort_is_not_even_proposed(more, why) -> None:
     text = _plan().replace("min_devices", f"{more}min_devices")
     with pytest.raises(BadInput, match=why):
         runs.read_plan(text)
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "federation.md"
+
+
+def blocks(first):
+    """Return the indented blocks of the text that begin with a line."""
+    found = re.findall(
+        r"(?:^    .*\n|^\n(?=    ))+", DOCS.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    texts = [textwrap.dedent(block).strip() for block in found]
+    return [text for text in texts if text.startswith(first)]
+
+
+def test_the_cohorts_and_gates_of_the_text_can_be_run() -> None:
+    head = 'name = "x"\ntask = "spar"\nmodel = "m"\n'
+    [cohort], [gates] = blocks("[cohort]\nlabels"), blocks("[gates]")
+    assert runs.read_plan(head + cohort).cohort.size == 50
+    assert len(runs.read_plan(head + gates).gates) == 3
+
+
+def test_the_text_tells_of_every_fact_and_of_every_word_for_one() -> None:
+    table = DOCS.read_text(encoding="utf-8").split("| fact | type |")[1].split("\n\n")[0]
+    first = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in table.splitlines()[2:]]
+    assert {name for names in first for name in names} == set(FACTS)
+    words = {word for fact in FACTS.values() for word in fact.words}
+    assert words | {word for _, word in NODES} <= set(re.findall(r"`([\w-]+)`", table))
 
 
 def test_a_plan_whose_gate_is_about_nothing_is_not_proposed() -> None:

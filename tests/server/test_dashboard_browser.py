@@ -168,17 +168,24 @@ def test_a_new_round_appears_without_a_reload(tab, hub, url):
     tab.open(f"{url}/runs/{run}")
     tab.until(f"{LIVE} && document.querySelector('.plot canvas')")
     tab.run("window.__same = true; document.querySelector('details').open = true")
-    assert "3 of 12 rounds" in tab.text("main")
+    assert "round 4 of 12" in tab.text("main")
 
     with hub.store.begin() as connection:  # as the run's own process does: no hint on the bus
         add_rounds(connection, run, range(4, 6), NOW)
 
-    tab.until("document.querySelector('main').innerText.includes('5 of 12 rounds')")
+    tab.until("document.querySelector('main').innerText.includes('round 6 of 12')")
     assert tab.run("window.__same") is True
     assert tab.run("document.querySelector('details').open") is True
     points = "JSON.parse(document.querySelector('.plot').dataset.plot).x.length"
     assert tab.run(points) == 5
-    assert tab.run("document.querySelectorAll('.plot canvas').length") == 3
+    assert tab.run("document.querySelectorAll('.plot canvas').length") == 5
+
+    with hub.store.begin() as connection:  # an accuracy comes after its round
+        r = schema.rounds.c
+        connection.execute(
+            update(schema.rounds).where(r.run == run, r.round == 5).values(accuracy=0.625)
+        )
+    tab.until("document.querySelector('#progress').innerText.includes('62.5')")
     assert tab.complaints == []
 
 

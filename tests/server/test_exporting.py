@@ -1,5 +1,6 @@
 """A hub's runs at a tracking server: told as they go on, caught up with, never waited for."""
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -220,12 +221,18 @@ def test_another_server_is_told_everything(
 
 
 def test_no_device_is_named(store: Store, exporter: Exporter, tracking: Tracking) -> None:
-    add(store, "r1", metrics={"by_device": {"secret-watch": {"rows": 3, "float": 0.5}}})
+    named = {
+        "by_device": {"secret-watch": {"rows": 3, "float": 0.5}},
+        "cohort": {"rule": "charge > 0.5", "left_out": {"secret-ring": "it has 0.2"}},
+    }
+    add(store, "r1", metrics=named)
     train(store, "r1", 1, survivors=("secret-watch",), dropped={"secret-glove": "late"})
     end(store, "r1", "gated")
     exporter.tick()
     assert "secret-" not in repr(tracking.runs)
-    assert b"secret-" not in b"".join(tracking.files.values())
+    [file] = tracking.files.values()
+    assert b"secret-" not in file
+    assert json.loads(file)["metrics"] == {"cohort": {"rule": "charge > 0.5"}}
 
 
 def test_the_mark_differs_once_there_is_more_to_tell() -> None:

@@ -305,4 +305,8 @@ def test_signals_are_watched_by_moments_and_tables_by_columns():
     class Table(Waves):
         input_shape = (2,)
 
+    class Image(Waves):
+        input_shape = (2, 8, 8)
+
     assert pipeline.features_of(Table()).kind == "columns"
+    assert pipeline.features_of(Image()).kind == "channel-stats"

@@ -86,6 +86,15 @@ def test_accuracy_is_told_by_side_and_label_with_its_spread(done) -> None:
 
 def test_gates_may_be_about_every_fact_of_a_run(done) -> None:
     assert done[2].facts.keys() - {"gates"} <= policy.FACTS
+    written = {
+        "every class": "fairness.compared == model.classes",
+        "north": 'spread["site=north"].accuracy >= 0.0 && spread.known.worst_tenth >= 0.0',
+        "by class": "fairness.by_class.slow.equal_opportunity <= 1.0",
+    }
+    rules = [policy.Rule(name, rule) for name, rule in written.items()]
+    for rule in rules:
+        policy.check(rule)
+    assert policy.passed(policy.judge(done[1].facts, rules)), policy.judge(done[1].facts, rules)
 
 
 def test_the_card_tells_of_both_and_no_single_device_is_in_the_bundle(done) -> None:

@@ -128,6 +128,21 @@ def test_a_fragment_is_the_page_without_its_frame(seeded):
         assert part.strip() in re.sub(r"\s+(?=</body>)", "", whole)
 
 
+def test_a_runs_page_says_how_devices_and_groups_fare_and_who_was_left_out(seeded):
+    _, url, tokens = seeded
+    with signed_in(url, tokens["viewer"]) as client:
+        run = client.get(f"/runs/{RELEASED_RUN}").text
+        assert "7 of 8 devices may train by" in run
+        assert "<td>device.power = battery</td>" in run
+        assert re.search(r"known</th><td[^>]*>8</td><td[^>]*>97\.0", run)
+        assert "Not shown: unseen (2 devices, fewer than" in run
+        assert re.search(r"Equalised odds, difference</th><td[^>]*>0\.081", run)
+        assert "Equalised odds can be told of 6 of 7 classes" in run
+        device = client.get("/devices/watch-05").text
+        assert "<dt>Power</dt><dd>battery</dd>" in device
+        assert "512 or more to train on" in device
+
+
 def test_pages_say_what_the_tables_hold(seeded):
     _, url, tokens = seeded
     with signed_in(url, tokens["viewer"]) as client:
@@ -143,7 +158,7 @@ def test_pages_say_what_the_tables_hold(seeded):
         assert "97.14" in run
         assert "int8 within one point" in run
         plots = re.findall(r"data-plot=\"([^\"]+)\"", run)
-        assert len(plots) == 3
+        assert len(plots) == 5
         assert len(json.loads(plots[0].replace("&#34;", '"'))["x"]) == 12
         assert "every entry matches" in client.get("/audit").text
         assert "shoulder 1" in client.get("/models").text
@@ -411,9 +426,7 @@ def test_a_running_runs_page_tells_where_its_rounds_stand(tmp_path):
         said = words_of(client.get(f"/runs/{run}").text)
     # Five rounds of 7.8, 8.0, 7.6, 7.8, 8.0 s and 0.8 s of evaluating in one; seven to come.
     assert f"round 6 of 12; about {round(7 * (39.2 + 0.8) / 5)} s of training left" in said
-    right = words_of(
-        FILTERS["percent"](0.97 - 0.5 * 0.7**3)
-    )  # of round 3; rounds 4 and 5 asked nobody
+    right = words_of(FILTERS["percent"](0.97 - 0.5 * 0.7**3))  # of round 3, the last that asked
     assert f"loss 0.449 accuracy {right} in the last sum 8 of 8 devices ε 12.3" in said
     assert "from devices 15.8 MiB to devices 17.2 MiB" in said
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from atoll.federation import client_app, parameters, rounds, training
+from atoll.federation import client_app, layout, parameters, rounds, training
 from atoll.federation import plan as plans
 from atoll.federation.engine import InProcessGrid
 from atoll.federation.errors import BadPlan, RoundFailed
@@ -86,6 +86,7 @@ def through_the_engine(plan, population, folder: Path):
         )
         members[name] = rounds.Member(device + 1, b"")
     grid, reports = InProcessGrid(apps), []
+    shape = layout.of(digits.Digits(), plan.seed, plan.layers)
     outcome = rounds.run_rounds(
         grid,
         plan,
@@ -93,9 +94,10 @@ def through_the_engine(plan, population, folder: Path):
         modes.hub_session("plain", {}),
         lambda *_: None,
         reports.append,
-        parameters.flatten(digits.Digits().model(plan.seed)),
+        shape.initial,
         run=simulate.RUN,
         clock=grid.clock,
+        frozen=shape.frozen,
     )
     return outcome, reports
 
@@ -110,8 +112,17 @@ def through_the_engine(plan, population, folder: Path):
         },
         {"training": {"control_steps": 6}, "privacy": {"clip_norm": 5.0, "bits": 23}},
         {"training": {"control_steps": 6, "weighting": "capped", "weight_cap": 50}},
+        {"layers": {"trained": ("3.*", "1.bias")}, "training": {"control_steps": 6}},
+        {"layers": {"lora_layers": ("1", "3"), "lora_rank": 3}},
+        {
+            "codec": {"kind": "random-mask", "share": 0.3, "downlink": "float16"},
+            "training": {"weighting": "capped", "weight_cap": 50},
+        },
     ],
-    ids=["fixed", "weights and clipping ride", "control variates", "clipped control variates"],
+    ids=[
+        *("fixed", "weights and clipping ride", "control variates", "clipped control variates"),
+        *("a part", "adapters", "a mask"),
+    ],
 )
 def test_without_noise_it_comes_out_as_over_real_client_apps(tmp_path, changes) -> None:
     plan = plan_of(**changes)
@@ -122,9 +133,8 @@ def test_without_noise_it_comes_out_as_over_real_client_apps(tmp_path, changes) 
     # A float32 difference may round an update's value the other way: by one step of the grid,
     # divided by the devices. 20 bits keep that below what is asked here.
     np.testing.assert_allclose(ended.weights, outcome.weights, atol=1e-5, rtol=0)
-    assert np.abs(outcome.weights - parameters.flatten(digits.Digits().model(plan.seed))).max() > (
-        0.01
-    )
+    initial = layout.of(digits.Digits(), plan.seed, plan.layers).initial
+    assert np.abs(outcome.weights - initial).max() > 0.01
     assert (ended.rounds, ended.ended) == (outcome.rounds, outcome.ended)
     for mine, real in zip(heard, reports, strict=True):
         assert mine.survivors == len(real.survivors)
@@ -260,8 +270,14 @@ def test_devices_that_diverge_are_dropped_and_end_the_run_in_time() -> None:
             None,
             "examples cannot be simulated",
         ),
+        ({"layers": {"local": ("3.*",)}}, 10, None, "local cannot be simulated"),
+        ({"layers": {"fine_tune": ("3.*",)}}, 10, None, "fine_tune cannot be simulated"),
+        ({"codec": {"kind": "top-k", "share": 0.1}}, 10, None, "devices keep nothing"),
     ],
-    ids=["two rules", "too many", "too few", "delta", "examples"],
+    ids=[
+        *("two rules", "too many", "too few", "delta", "examples", "local layers"),
+        *("fine-tuning", "error feedback"),
+    ],
 )
 def test_what_cannot_be_simulated_is_refused(changes, devices, cohort, error) -> None:
     with pytest.raises((BadPlan, BadParameters), match=error):
