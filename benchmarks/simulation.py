@@ -1,27 +1,37 @@
-"""How fast a cohort trains in a simulation: as one computation, and one device after the other.
+"""How fast a simulated cohort trains, beside pfl-research and Flower on Ray.
 
-    python -m benchmarks.simulation [--json] [--devices 50] [--threads 1] [--repeats 3]
+    python -m benchmarks.simulation [--json] [--devices 50] [--rounds 3] [--device cpu|cuda]
 
-One round's local training of 50 devices with 50 examples each, batches of 10, learning rate
-0.1, one epoch: the setting in which pfl-research compares simulators on CIFAR-10 (Granqvist et
-al., arXiv 2404.06430). Images are random, of CIFAR-10's shape; what they show changes no
-time. Besides a network of two convolutions of the size used there, a narrow one on images a
-quarter as large, and one with a hidden layer over 64 values: in these the cost of starting an
-operation outweighs the operation. The goal, not to be slower, is for what ``atoll simulate`` would
-train together (:func:`atoll.federation.batched.worthwhile`).
+The setting in which pfl-research compares simulators on CIFAR-10 (Granqvist et al., arXiv
+2404.06430), with its network of two convolutions: 50 devices a round with 50 examples each,
+batches of 10, learning rate 0.1, one epoch. Images are random, of CIFAR-10's shape; what they
+show changes no time. Each side runs as a program of its own, the peers in environments of their
+own (:mod:`benchmarks.peers.environments`): the least seconds of ``--rounds`` rounds after one that
+is not counted, and the most memory that the program and all it started took. Each may use all
+cores as it can, and its fastest way counts: pfl with one thread, with a thread for each core, and
+with a process for each; Flower with an actor for each core, and with one of as many threads.
+Before, one round without dropout is compared, weight by weight: a step of each device on all of
+its examples, so that the order of batches, which is each side's own, plays no part.
 
-The peer in the same run is :func:`atoll.federation.training.train`, device by device, which is
-also what the batched result is checked against. Other simulators are not measured: a line
-on standard error says which are not installed.
+Ours are whole rounds: what it does to an update before it is summed, to clip and to round it,
+is in them. On a GPU all leave dropout out, with which clients cannot be mapped.
+
+Besides, training as one computation is compared with training device by device, which is also
+what it is checked against: for a network of two larger convolutions, for a narrow one on images a
+quarter as large, and for one with a hidden layer over 64 values. In the latter two the cost of
+starting an operation outweighs the operation. The goal, not to be slower, is for what ``atoll
+simulate`` would train together (:func:`atoll.federation.batched.worthwhile`).
 """
 
 import argparse
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -32,6 +42,10 @@ from atoll.federation.batched import Client
 from atoll.federation.plan import Training
 from atoll.federation.task import Examples
 from atoll.federation.training import Trained
+from atoll.simulations.workers import cores
+from benchmarks import cifar
+from benchmarks.peers import environments
+from benchmarks.peers.environments import FOLDER, PeerMissing
 from benchmarks.rows import Row, report
 
 DEVICES: Final = 50
@@ -39,7 +53,14 @@ ROWS: Final = 50
 CLASSES: Final = 10
 SETTINGS: Final = Training(local_epochs=1, batch_size=10, learning_rate=0.1, momentum=0.0)
 TOLERANCE: Final = 1e-5
-OTHERS: Final = {"pfl": "pfl-research", "ray": "Flower on Ray"}
+IMAGE: Final = (32, 32, 3)
+GOALS: Final = {"pfl": 2.0, "flower-ray": 20.0}
+"""Times a peer's rounds per second."""
+NAMES: Final = {"pfl": "pfl-research 0.6", "flower-ray": "Flower 1.41 on Ray"}
+SAME: Final = 2e-5
+"""Most that a weight may differ after one step of all devices; ours are rounded to 1.2e-5."""
+
+Setting = dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +155,144 @@ def measure(case: Case, devices: int, repeats: int) -> Row:
     )
 
 
+def compare(folder: Path, devices: int, rounds: int, dropout: float) -> list[Row]:
+    """Run whole rounds of ours and of each peer; return speed and memory beside each."""
+    _write(folder, devices)
+    setting: Setting = {
+        "folder": str(folder),
+        "cohort": devices,
+        "batch": SETTINGS.batch_size,
+        "rate": SETTINGS.learning_rate,
+    }
+    timed = setting | {"dropout": dropout, "warm": 1, "rounds": rounds, "result": None}
+    found: dict[str, tuple[str, dict[str, Any]] | PeerMissing] = {}
+    ours(setting | _once(folder, "ours"), cores())
+    best = ours(timed, cores())
+    for peer, ways in (("pfl", pfl_ways()), ("flower-ray", flower_ways(devices))):
+        try:
+            _agree(folder, peer, setting, ways)
+            tried = [(way, run(peer, timed)) for way, run in ways]
+            found[peer] = min(tried, key=lambda one: min(one[1]["seconds"]))
+        except PeerMissing as error:
+            found[peer] = error
+            print(f"{NAMES[peer]} is not measured: {error}", file=sys.stderr)
+    again = ours(timed, cores())  # before and after the peers, for what else the machine does
+    best = min(best, again, key=lambda one: min(one["seconds"]))
+    how = "" if dropout else ", no dropout"
+    case = f"pfl-research's CIFAR-10 setting: {devices} devices{how}"
+    rate = 1 / min(best["seconds"])
+    return [row for peer in NAMES for row in _rows(case, peer, rate, best, found[peer])]
+
+
+def _rows(
+    case: str,
+    peer: str,
+    rate: float,
+    best: dict[str, Any],
+    found: tuple[str, dict[str, Any]] | PeerMissing,
+) -> list[Row]:
+    """Return the rows of speed and of memory beside one peer; without it, one that says so."""
+    if isinstance(found, PeerMissing):
+        name = f"{NAMES[peer]}: not measured"
+        return [Row(case=case, metric="rounds", unit="rounds/s", ours=rate, peer_name=name)]
+    way, said = found
+    theirs, held, own = 1 / min(said["seconds"]), said["peak_bytes"], best["peak_bytes"]
+    goal = theirs * GOALS[peer]
+    return [
+        Row(
+            case=case,
+            metric="rounds",
+            unit="rounds/s",
+            ours=rate,
+            peer=theirs,
+            peer_name=f"{NAMES[peer]}, {way}",
+            ratio=rate / theirs,
+            goal=goal,
+            met=rate >= goal,
+        ),
+        Row(
+            case=case,
+            metric="peak memory",
+            unit="MB",
+            ours=own / 1e6,
+            peer=held / 1e6,
+            peer_name=f"{NAMES[peer]}, {way}",
+            ratio=held / own,
+        ),
+    ]
+
+
+def ours(setting: Setting, workers: int) -> dict[str, Any]:
+    """Run Atoll's side in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.cifar"]
+    return environments.measured(command, setting | {"workers": workers})
+
+
+Way = tuple[str, Callable[[str, Setting], dict[str, Any]]]
+
+
+def pfl_ways() -> list[Way]:
+    """Return how pfl can use the cores."""
+    script, count = FOLDER / "pfl_cifar.py", cores()
+    apart = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
+
+    def threads(number: int) -> Way:
+        return (
+            f"threads: {number}",
+            lambda peer, given: environments.run(peer, script, given | {"threads": number}),
+        )
+
+    return [
+        threads(1),
+        threads(count),
+        (
+            f"processes: {count}",
+            lambda peer, given: environments.run(
+                peer, script, given | {"threads": 1}, launcher=apart
+            ),
+        ),
+    ]
+
+
+def flower_ways(devices: int) -> list[Way]:
+    """Return how Flower on Ray can use the cores."""
+
+    def way(actors: int, threads: int) -> Way:
+        more = {"work": "train", "clients": devices, "actors": actors, "threads": threads}
+        return (
+            f"actors: {actors}, threads: {threads}",
+            lambda peer, given: environments.run(peer, FOLDER / "flower_ray.py", given | more),
+        )
+
+    return [way(cores(), 1), way(1, cores())]
+
+
+def _once(folder: Path, name: str) -> Setting:
+    """Return what is asked of one round whose result is looked at; pfl needs one to warm up."""
+    result = str(folder / f"{name}.npy")
+    return {"batch": ROWS, "dropout": 0.0, "warm": 1, "rounds": 0, "result": result}
+
+
+def _agree(folder: Path, peer: str, setting: Setting, ways: Sequence[Way]) -> None:
+    """Check that a peer's round does the work that ours does."""
+    ways[0][1](peer, setting | _once(folder, peer))
+    start, mine, theirs = (np.load(folder / f"{name}.npy") for name in ("weights", "ours", peer))
+    assert np.abs(mine - theirs).max() < SAME < np.abs(mine - start).max() / 10, peer
+
+
+def _write(folder: Path, devices: int) -> None:
+    """Write examples and first weights for all sides; the weights are Glorot's, as pfl has them."""
+    rng = np.random.default_rng(0)
+    np.save(folder / "x.npy", rng.normal(size=(devices, ROWS, *IMAGE)).astype(np.float32))
+    np.save(folder / "y.npy", rng.integers(0, CLASSES, (devices, ROWS)))
+    torch.manual_seed(0)
+    net = cifar.network(0.0)
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+    np.save(folder / "weights.npy", parameters.flatten(net))
+
+
 def _same(together: Sequence[Trained], alone: Sequence[Trained]) -> None:
     """Check that both did the same work.
 
@@ -153,23 +312,33 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def _device() -> str:
+    return batched.default_device().type
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.simulation")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     parser.add_argument("--devices", type=int, default=DEVICES)
-    parser.add_argument("--threads", type=int, default=1, help="of torch, for both")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, together and alone")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="timed, of ours and of each peer")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=_device())
+    parser.add_argument("--alone", action="store_true", help="leave the peers out")
     given = parser.parse_args(arguments)
-    for module, name in OTHERS.items():
-        why = "not measured here" if find_spec(module) else "not installed"
-        print(f"{name}: left out; {why}", file=sys.stderr)
+    if given.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for each side's program
     before = torch.get_num_threads()
     torch.set_num_threads(given.threads)
     try:
         rows = [measure(case, given.devices, given.repeats) for case in CASES]
     finally:
         torch.set_num_threads(before)
+    if not given.alone:
+        with tempfile.TemporaryDirectory() as folder:
+            dropout = float(given.device == "cpu")
+            rows += compare(Path(folder), given.devices, given.rounds, dropout)
     return report(rows, given.json)
 
 

@@ -130,9 +130,11 @@ class Sgd:
         self, model: nn.Module, training: Training, correction: Vector | None = None
     ) -> None:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._velocity = [torch.zeros_like(p) for p in self._parameters]
         self._rate, self._momentum = training.learning_rate, training.momentum
         self._proximal = training.proximal
+        # Nothing but the gradient: what else there is would go through memory for nothing.
+        self._straight = not self._momentum and not self._proximal and correction is None
+        self._velocity = [p if self._straight else torch.zeros_like(p) for p in self._parameters]
         self._start: list[torch.Tensor] = []
         self._correction = _pieces(model, correction) if correction is not None else []
         self.param_groups = [{"params": self._parameters}]
@@ -155,7 +157,9 @@ class Sgd:
         ):
             if parameter.grad is None and self._correction:
                 parameter.grad = torch.zeros_like(parameter)
-            if parameter.grad is not None:
+            if parameter.grad is not None and self._straight:
+                parameter.sub_(parameter.grad, alpha=self._rate)
+            elif parameter.grad is not None:
                 velocity.mul_(self._momentum).add_(parameter.grad)
                 if self._correction:
                     velocity.add_(self._correction[i])

@@ -31,9 +31,14 @@ def simulate(
         typer.Option(help="What all draws come from. (default: the plan's)", show_default=False),
     ] = None,
     threads: Annotated[
-        int,
-        typer.Option(help="Threads that train; for small networks one is fastest.", min=1),
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Processes that train at once, of a thread each; the result does not depend on "
+            "it. (default: one for each core)",
+            show_default=False,
+            min=1,
+        ),
+    ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(

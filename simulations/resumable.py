@@ -39,10 +39,12 @@ def run(
     on_round: Callable[[Round], None],
     *,
     directory: Path | None,
+    workers: int = 1,
 ) -> tuple[Ended, list[Round]]:
     """Run the simulation from where it stands in ``directory``; return all of its rounds as well.
 
-    None keeps nothing. ``on_round`` hears of the rounds that are run now. Raises what
+    None keeps nothing. ``on_round`` hears of the rounds that are run now; ``workers``
+    train at once. Raises what
     :func:`simulate.run` does, and :class:`BadCheckpoint`.
     """
     there = directory and Resumable(directory, plan, simulated.population.size, cohort)
@@ -60,6 +62,7 @@ def run(
         start=there.start if there else None,
         carried=there.carried if there else None,
         keep=there.keep if there else None,
+        workers=workers,
     )
     return ended, heard
 

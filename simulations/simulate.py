@@ -63,6 +63,7 @@ from atoll.privacy.sums import Integers
 from atoll.privacy.update import UpdateSpec
 from atoll.server.pipeline import event_of
 from atoll.simulations.populations import Population, Simulated, evaluated_on
+from atoll.simulations.workers import Workers
 
 RUN: Final = "simulation"
 HUB: Final = "hub"
@@ -74,6 +75,8 @@ EVALUATORS: Final = 50
 NO_CONTROL: Final = np.zeros(0, np.float32)
 BLOCK: Final = 4096
 """Devices for which a Poisson draw tosses its coins at once."""
+PART: Final = 25
+"""Devices of a cohort that one worker trains together; with fewer, operations cost more each."""
 
 _HEEDED: Final = {
     Plan: {
@@ -193,6 +196,7 @@ def run(
     start: Checkpoint | None = None,
     carried: dict[int, Vector] | None = None,
     keep: Callable[[Checkpoint, Round], None] | None = None,
+    workers: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Ended:
     """Run the plan's rounds on ``simulated`` devices.
@@ -202,7 +206,8 @@ def run(
     such set as likely, for a plan without a sampling rate. ``on_round`` hears of every round.
     ``keep`` gets the state after each, from which another run of the same goes on as its
     ``start`` and comes to the same end; ``carried`` is what devices carry by then, changed in
-    place (:mod:`atoll.simulations.resumable`).
+    place (:mod:`atoll.simulations.resumable`). So many ``workers`` train at once, if there is more
+    than one to be trained by (:mod:`atoll.simulations.workers`); the result is the same.
 
     Raises :class:`BadPlan` for what cannot be simulated,
     :class:`atoll.privacy.errors.BadParameters` for a plan that cannot be private or decoded,
@@ -210,14 +215,32 @@ def run(
     """
     task, population = simulated
     shape = layout.of(task, plan.seed, plan.layers)
-    model, initial = shape.model, shape.initial
+    initial = shape.initial
     check(plan, population.size, cohort, len(initial))
-    trainer, trained = trainer_of(task, plan), shape.travelling(parameters.mask(model))
+    trainer, trained = trainer_of(task, plan), shape.travelling(parameters.mask(shape.model))
     own = {} if carried is None else carried
     devices = _Devices(plan, population, cohort, trainer, name, trained, own)
+    with devices.crew(len(initial), workers) as crew:
+        state = start or Checkpoint.fresh(name, initial)
+        return _rounds(devices, crew, shape, state, on_round, every, keep, clock)
+
+
+def _rounds(
+    devices: "_Devices",
+    crew: "_Crew",
+    shape: Layout,
+    state: Checkpoint,
+    on_round: Callable[[Round], None],
+    every: int,
+    keep: Callable[[Checkpoint, Round], None] | None,
+    clock: Callable[[], float],
+) -> Ended:
+    """Run the rounds from ``state`` on."""
+    plan, population, cohort, name = devices.plan, devices.population, devices.cohort, devices.run
+    model = shape.model
+    failures = 0
     ledger = Ledger(MemoryStore(), plan.model, plan.privacy.budget_epsilon, plan.privacy.delta)
     event = cost(plan, population.size, cohort)
-    state, failures = start or Checkpoint.fresh(name, initial), 0
     for past in range(1, state.ended + 1):
         ledger.charge(f"{name}/{past}", event)
     ended: Literal["complete", "budget"] = "complete"
@@ -233,7 +256,7 @@ def run(
         entropy = Keystream.replayable(training.local_seed(plan.seed, name, number, HUB))
         clip_norm = state.clip_norm or plan.privacy.clip_norm
         drawn = devices.drawn(entropy)
-        heard = devices.learn(number, state.weights, clip_norm, drawn, entropy, state.control)
+        heard = devices.learn(number, state.weights, clip_norm, drawn, entropy, state.control, crew)
         if heard.learned is not None:
             failures = 0
             state = rounds.stepped(state, heard.learned, plan)
@@ -354,6 +377,19 @@ def chosen(size: int, count: int, entropy: Keystream) -> list[int]:
     return sorted(found)
 
 
+class _Order(NamedTuple):
+    """What devices are told in a round."""
+
+    number: int
+    weights: Vector
+    clip_norm: float
+    shared: Vector
+    sketch: Sketch
+
+
+_Crew = Workers[_Order, tuple[list[float], dict[int, Vector]]]
+
+
 class _Heard(NamedTuple):
     learned: Learned | None
     survivors: int
@@ -379,6 +415,11 @@ class _Devices:
     own: dict[int, Vector] = dataclasses.field(default_factory=dict)
     """The control variates of those that have taken part, where the plan has any."""
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a cohort trains on a GPU, all at once."""
+        return self.trainer.engine == "batched" and batched.default_device().type != "cpu"
+
     def drawn(self, entropy: Keystream) -> Sequence[int]:
         """Return a round's cohort."""
         size, rate = self.population.size, self.plan.cohort.sampling_rate
@@ -394,32 +435,26 @@ class _Devices:
         drawn: Sequence[int],
         entropy: Keystream,
         shared: Vector = NO_CONTROL,
+        crew: "_Crew | None" = None,
     ) -> _Heard:
         """Return what the sum over ``drawn`` says; nothing when too few are in it.
 
-        ``shared`` is the hub's control variate, empty while there is none.
+        ``shared`` is the hub's control variate, empty while there is none; ``crew`` trains,
+        otherwise this process.
         """
         plan, riders = self.plan, Riders.of(self.plan)
         if len(drawn) < plan.cohort.min_devices:
             return _NOTHING
         spec = release.update_spec(plan, clip_norm)
-        values = release.values(plan, len(weights))
-        total: Integers = np.zeros(values + spec.riders, dtype=np.int64)
-        how, losses, following = plan.codec, [], {}
+        how = plan.codec
         weights = parameters.from_bytes(parameters.to_bytes(weights, how.downlink), how.downlink)
         places = codec.places(how, len(weights), plan.seed, self.run, number)
         sketch = Sketch(how.kind, how.share or 1.0, places)
-        for trained, client in self._trained(number, weights, drawn, shared):
-            change, mine = trained.weights - weights, client.control
-            reach = control.reach(trained.steps, plan.training)
-            sent = mine.sent(change, reach, self.trained) if mine else change
-            try:
-                total += _term(sent, trained.steps, client, spec, plan, sketch)
-            except BadUpdate:
-                continue
-            losses.append(trained.loss)
-            if mine:
-                following[client.device] = mine.following(update.clipped(sent, spec))
+        crew = crew or self.crew(len(weights), 1)
+        order = _Order(number, weights, clip_norm, shared, sketch)
+        total, heard = crew.sum(order, self._parts(drawn))
+        losses = [loss for part, _ in heard for loss in part]
+        following = {device: own for _, part in heard for device, own in part.items()}
         if len(losses) < plan.cohort.min_devices:
             return _NOTHING
         sums = update.decode(update.release(total, spec, entropy), spec)
@@ -432,6 +467,44 @@ class _Devices:
         learned = Learned(mean, riders.next_clip_norm(plan, clip_norm, sums, devices), shared)
         self.own.update(following)
         return _Heard(learned, len(losses), float(np.mean(losses)))
+
+    def crew(self, length: int, workers: int) -> "_Crew":
+        """Return what trains parts of cohorts, for a model of ``length`` values."""
+        plan = self.plan
+        riders = release.update_spec(plan, plan.privacy.clip_norm).riders
+        # What devices carry is here, and a GPU knows nothing of forks.
+        here = control.scale(plan.training) or self.on_gpu
+        return Workers(self.add, release.values(plan, length) + riders, 1 if here else workers)
+
+    def _parts(self, drawn: Sequence[int]) -> list[Sequence[int]]:
+        """Return the cohort in parts that do not depend on who trains them, alike in size."""
+        if self.on_gpu or not drawn:
+            return [drawn]
+        size = PART if self.trainer.engine == "batched" else 1
+        count = math.ceil(len(drawn) / size)
+        return [
+            drawn[len(drawn) * i // count : len(drawn) * (i + 1) // count] for i in range(count)
+        ]
+
+    def add(
+        self, order: "_Order", part: Sequence[int], total: Integers
+    ) -> tuple[list[float], dict[int, Vector]]:
+        """Add the terms of a part of the cohort to ``total``; return losses and what is carried."""
+        plan, weights = self.plan, order.weights
+        spec = release.update_spec(plan, order.clip_norm)
+        losses, following = [], {}
+        for trained, client in self._trained(order.number, weights, part, order.shared):
+            change, mine = trained.weights - weights, client.control
+            reach = control.reach(trained.steps, plan.training)
+            sent = mine.sent(change, reach, self.trained) if mine else change
+            try:
+                total += _term(sent, trained.steps, client, spec, plan, order.sketch)
+            except BadUpdate:
+                continue
+            losses.append(trained.loss)
+            if mine:
+                following[client.device] = mine.following(update.clipped(sent, spec))
+        return losses, following
 
     def _control(self, device: int, weights: Vector, shared: Vector) -> Control | None:
         """Return a device's control variates, if the plan has any."""

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from atoll.federation import plan as plans
 from atoll.federation.plan import Plan
-from atoll.simulations import populations, resumable
+from atoll.simulations import populations, resumable, workers
 from atoll.simulations.simulate import Ended, Round
 
 OnRound = Callable[[Round], None]
@@ -31,7 +31,7 @@ def main(
     *,
     rounds: int | None,
     seed: int | None,
-    threads: int,
+    threads: int | None,
     checkpoint: Path | None,
     as_json: bool,
 ) -> None:
@@ -61,7 +61,7 @@ def facts_of(
     *,
     rounds: int | None,
     seed: int | None,
-    threads: int,
+    threads: int | None,
     checkpoint: Path | None,
 ) -> dict[str, Any]:
     """Simulate and return the facts; see :func:`main`.
@@ -76,8 +76,10 @@ def facts_of(
     )
     simulated = populations.named(plan.task, devices, plan.seed)
     began = time.perf_counter()
-    with _progress(plan.rounds, Console(stderr=True)) as show, _threads(threads):
-        ended, heard = resumable.run(plan, simulated, cohort, show, directory=checkpoint)
+    with _progress(plan.rounds, Console(stderr=True)) as show, _threads(1):
+        ended, heard = resumable.run(
+            plan, simulated, cohort, show, directory=checkpoint, workers=threads or workers.cores()
+        )
     return gather(plan, devices, heard, ended, time.perf_counter() - began, peak_memory())
 
 
