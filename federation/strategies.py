@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atoll.federation.parameters import Vector
-from atoll.federation.plan import Training
+from atoll.federation.plan import Plan, Training
 
 Floats = npt.NDArray[np.float64]
 State = tuple[Vector, ...]
@@ -75,6 +75,22 @@ def of(training: Training) -> Strategy:
     return chain(
         adaptive(beta1, _or(training.server_tau, TAU), second), scaled(_or(rate, SERVER_RATE))
     )
+
+
+def title(plan: Plan) -> str:
+    """Return what a plan's strategy is called, for a person: "FedAdam with SCAFFOLD"."""
+    training = plan.training
+    name = {"fedadam": "FedAdam", "fedyogi": "FedYogi", "fedadagrad": "FedAdagrad"}.get(
+        training.strategy, "FedAvg with momentum" if training.server_momentum else "FedAvg"
+    )
+    used = {
+        "FedProx": bool(training.proximal),
+        "FedNova": training.step_cap is not None,
+        "SCAFFOLD": training.control_steps is not None,
+        "FedBuff": plan.asynchrony is not None,
+    }
+    more = [other for other, asked in used.items() if asked]
+    return f"{name} with {' and '.join(more)}" if more else name
 
 
 def chain(*parts: Strategy) -> Strategy:

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from atoll.federation import strategies
 from atoll.federation.plan import Plan
 from atoll.federation.task import Task
 from atoll.fleet import bundle as bundles
@@ -155,7 +156,7 @@ def card(
             "",
             "## Training",
             (
-                f"Federated averaging, {facts['rounds']['trained']} rounds, "
+                f"{strategies.title(plan)}, {facts['rounds']['trained']} rounds, "
                 f"{facts['devices']['trainers']} devices; the data stayed on them. "
                 f"{_part(facts.get('layers', {}))}"
                 f"Sums in mode `{privacy.mode}`, updates clipped to an L2 norm of "

@@ -550,3 +550,20 @@ def test_each_number_that_rides_is_within_one(
     values = riders.values(9, within=within, steps=steps)
     assert len(values) == riders.count == 2 + bool(cap)
     assert all(-1 <= value <= 1 for value in values)
+
+
+@pytest.mark.parametrize(
+    ("training", "named"),
+    [
+        ({}, "FedAvg with momentum"),
+        ({"server_momentum": None}, "FedAvg"),
+        ({"strategy": "fedyogi"}, "FedYogi"),
+        (
+            {"server_momentum": None, "proximal": 0.1, "step_cap": 9},
+            "FedAvg with FedProx and FedNova",
+        ),
+        ({"strategy": "fedadam", "control_steps": 9}, "FedAdam with SCAFFOLD"),
+    ],
+)
+def test_a_plans_strategy_has_a_name(training: dict[str, object], named: str) -> None:
+    assert strategies.title(varied(plan_of(), training=training)) == named

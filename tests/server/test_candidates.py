@@ -41,6 +41,7 @@ def written(out: Path, more: str) -> Manifest:
         golden=golden,
         facts=FACTS,
         verdicts=[],
+        weights={"in": "11" * 32, "out": "22" * 32},
     )
 
 
@@ -53,7 +54,10 @@ def test_the_plans_telemetry_noise_is_in_the_manifest_that_is_signed(tmp_path: P
 
 def test_counts_go_without_noise_unless_the_plan_says_so(tmp_path: Path) -> None:
     assert written(tmp_path, "").telemetry_noise == 0
-    assert "ships the counts without noise" in (tmp_path / bundles.CARD).read_text()
+    card = (tmp_path / bundles.CARD).read_text()
+    assert "ships the counts without noise" in card
+    assert "11" * 32 in card
+    assert "22" * 32 in card
 
 
 def test_a_manifest_from_before_there_was_noise_asks_for_none(tmp_path: Path) -> None:
