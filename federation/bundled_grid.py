@@ -193,9 +193,16 @@ class BundledGrid(Grid):
             try:
                 contents = self._pull(tree, names)
             except ObjectPullError as error:
-                return _missing(asked, error)
-        message = cast("Message", inflate_object_from_contents(tree.object_id, contents))
+                return _missing(asked, str(error))
+        try:
+            message = inflate_object_from_contents(tree.object_id, contents)
+        except Exception as error:  # noqa: BLE001 -- a device's bytes may raise anything
+            return _missing(asked, f"unreadable: {type(error).__name__}")
+        if not isinstance(message, Message):
+            return _missing(asked, f"a {type(message).__name__} instead of a message")
+        # What a device writes inside its message is not believed where the envelope knows better.
         message.metadata.__dict__["_message_id"] = tree.object_id
+        message.metadata.__dict__["_reply_to_message_id"] = asked
         return message
 
     def _pull(self, tree: ObjectTree, names: Sequence[str]) -> dict[str, bytes]:
@@ -221,7 +228,7 @@ def _outgoing(
     return PushAppMessagesRequest(messages_list=envelopes, message_object_trees=trees), objects
 
 
-def _missing(asked: str, error: ObjectPullError) -> Message:
+def _missing(asked: str, why: str) -> Message:
     """Return the error reply that flwr makes of one whose parts never came."""
     metadata = Metadata(
         run_id=0,
@@ -234,4 +241,4 @@ def _missing(asked: str, error: ObjectPullError) -> Message:
         ttl=0.0,
         message_type="",
     )
-    return make_message(metadata=metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, str(error)))
+    return make_message(metadata=metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, why))

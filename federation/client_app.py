@@ -120,6 +120,8 @@ def build(
             raise BadMessage(f"training was asked for in the {ask.phase!r} phase")
         _check_task(task, work.task)
         floor.check(work, ask)
+        # Before anything is trained or kept: a round that is refused leaves no trace.
+        sums.admit(ask)
         term, loss = local_update.make(task, data, work, ask, kept)
         return _reply(
             message,
@@ -135,7 +137,7 @@ def build(
             raise BadMessage("a device evaluates on its held-back examples alone")
         from atoll.federation import personal  # loads torch, which a waiting device need not hold
 
-        return _reply(message, personal.evaluate(task, data, ask, kept))
+        return _reply(message, personal.evaluate(task, data, ask, kept, tune=sums.open_handed()))
 
     @app.query()
     def query(message: Message, _: Context) -> Message:
@@ -155,11 +157,26 @@ class _Sums:
     ) -> None:
         self._party = party
         self._answered = answered
-        self._devices = floor.devices
+        self._floor, self._devices = floor, floor.devices
         self._by_run: dict[str, _Side] = {}
 
     def answer(self, ask: messages.SumAsk, term: Integers | None) -> bytes:
         """Answer one phase; raise :class:`Refused` for what must not be answered."""
+        side = self.admit(ask)
+        if ask.round > self._answered.last(ask.run):
+            self._answered.note(ask.run, ask.round)
+        return side.party.answer(ask.spec, ask.phase, ask.payload, term)
+
+    def open_handed(self) -> bool:
+        """Say whether this device tells the hub what it has learned by itself, in no sum."""
+        try:
+            self._party("plain")
+        except Refused:
+            return False
+        return self._floor == NO_FLOOR
+
+    def admit(self, ask: messages.SumAsk) -> "_Side":
+        """Return this device's side of a run; raise :class:`Refused` for what it has no part in."""
         if ask.round < 1:
             raise Refused(f"there is no round {ask.round}")
         if ask.min_survivors < self._devices:
@@ -174,9 +191,7 @@ class _Sums:
             raise Refused(f"run {ask.run} sums in {side.mode!r}; a run has one mode")
         if ask.round <= side.floor:
             raise Refused(f"round {ask.round} was answered before this process remembers")
-        if ask.round > self._answered.last(ask.run):
-            self._answered.note(ask.run, ask.round)
-        return side.party.answer(ask.spec, ask.phase, ask.payload, term)
+        return side
 
 
 class _Side(NamedTuple):

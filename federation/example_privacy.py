@@ -64,6 +64,7 @@ MAX_PARAMETERS: Final = 1 << 22
 """Up to here rounding takes no larger part than :data:`FLOAT_SHARE`."""
 
 _PROBES: Final = 3
+_STIR: Final = 0.1
 _TOLERANCE: Final = 1e-3
 
 Indices = npt.NDArray[np.int64]
@@ -269,7 +270,7 @@ def _follows_ghost(model: nn.Module, input_shape: tuple[int, ...]) -> bool:
     why = ""
     for ghost in (True, False):
         try:
-            why = _fault(_hooked(copy.deepcopy(model), 1.0, ghost=ghost), input_shape)
+            why = _fault(_hooked(_stirred(model), 1.0, ghost=ghost), input_shape)
         except (
             ArithmeticError,
             AttributeError,
@@ -286,6 +287,20 @@ def _follows_ghost(model: nn.Module, input_shape: tuple[int, ...]) -> bool:
         f"the model's examples cannot be clipped one by one: {why}; change the model, or leave "
         "out [privacy.examples]"
     )
+
+
+def _stirred(model: nn.Module) -> nn.Module:
+    """Return a copy whose trained parameters have been moved a little, at random.
+
+    Where one of them is zero, as an adapter's is at first, others have no gradient, and a wrong
+    norm of that would not show.
+    """
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=_STIR)
+    return copied
 
 
 def _is_own(layer: nn.Module) -> bool:

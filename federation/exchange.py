@@ -89,7 +89,9 @@ def converse(
     while pending:
         late = clock.now() >= deadline
         for reply in grid.pull_messages(list(pending)):
-            yield _read(pending.pop(reply.metadata.reply_to_message_id), reply)
+            # A reply to nothing that was asked is nobody's.
+            if reply.metadata.reply_to_message_id in pending:
+                yield _read(pending.pop(reply.metadata.reply_to_message_id), reply)
         if late or not pending:
             break
         now = clock.now()
@@ -131,13 +133,14 @@ class Outstanding:
             now = self._clock.now()
             found, self._failed = self._failed, []
             for reply in self._grid.pull_messages(list(self._pending)):
-                sent = self._pending.pop(reply.metadata.reply_to_message_id)
-                found.append(_read(sent.device, reply))
-            for message_id, sent in list(self._pending.items()):
-                if now >= sent.deadline:
+                sent = self._pending.pop(reply.metadata.reply_to_message_id, None)
+                if sent is not None:
+                    found.append(_read(sent.device, reply))
+            for message_id, late in list(self._pending.items()):
+                if now >= late.deadline:
                     del self._pending[message_id]
-                    why = f"no answer within {sent.timeout:g} s"
-                    found.append(Reply(sent.device, None, why))
+                    why = f"no answer within {late.timeout:g} s"
+                    found.append(Reply(late.device, None, why))
             if found or not self._pending:
                 return found
             left = min(sent.deadline for sent in self._pending.values()) - now

@@ -86,17 +86,31 @@ class KeptFiles:
             beside.replace(file)
         finally:
             beside.unlink(missing_ok=True)
-        file.parent.touch()
-        self._forget()
+        for directory in (file.parent, self._directory):
+            _sync(directory)
+        self._forget(file.parent)
 
     def _file(self, run: str, name: str) -> Path:
         digests = (hashlib.sha256(part.encode()).hexdigest()[:32] for part in (run, name))
         return self._directory.joinpath(*digests)
 
-    def _forget(self) -> None:
-        held = sorted(self._directory.iterdir(), key=lambda run: run.stat().st_mtime_ns)
-        for run in held[:-RUNS]:
+    def _forget(self, latest: Path) -> None:
+        """Keep the latest runs by the order of their saving, which no clock that is set changes."""
+        others = [run for run in self._directory.iterdir() if run != latest]
+        ages = {run: run.stat().st_mtime_ns for run in others}
+        after = max([latest.stat().st_mtime_ns, *(age + 1 for age in ages.values())])
+        os.utime(latest, ns=(after, after))
+        for run in sorted(others, key=ages.__getitem__)[: -(RUNS - 1)]:
             rmtree(run, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    """Flush a directory to the disk, so that a rename in it outlives a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class Carried:
@@ -119,10 +133,11 @@ class Carried:
     def put(self, number: int, before: Vector, after: Vector) -> None:
         """Keep ``after``, which is the value if round ``number`` counts, and ``before`` if not.
 
-        Of a round that was asked again the first answer is the one that counts, so that is kept.
+        Of a round that was asked again the first answer is the one that counts, so that is kept;
+        and of an earlier round nothing, after a later one.
         """
         known = self._read()
-        if known is not None and known[0] == number:
+        if known is not None and known[0] >= number:
             return
         body = io.BytesIO()
         np.savez(body, number=np.array(number), before=before, after=after)

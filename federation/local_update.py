@@ -71,7 +71,8 @@ def make(
     start, model = shape.whole(before, own), shape.model
     examples, how = task.load(data, "train"), training_of(work)
     carried = Carried(kept, ask.run, CONTROL)
-    variates = _control(work, carried.as_of(ask.counted, lambda: np.zeros_like(before)), before)
+    own_variate = carried.as_of(ask.counted, lambda: np.zeros_like(before))
+    variates = _control(work, own_variate, before)
     correction = shape.alone(variates.correction) if variates else None
     if work.example_steps:
         # Imported here: it loads Opacus, for which a device without this mode does not pay.
@@ -192,6 +193,8 @@ def _control(work: messages.TrainAsk, own: Vector, before: Vector) -> Control | 
     shared = parameters.from_bytes(work.control) if work.control else np.zeros_like(before)
     if shared.shape != before.shape:
         raise BadMessage(f"{len(before)} weights with a control variate of {len(shared)}")
+    if own.shape != before.shape:
+        own = np.zeros_like(before)
     return Control(own, shared, work.control_scale, work.control_retained)
 
 

@@ -26,6 +26,9 @@ LOSS_DIGITS: Final = 3
 """Decimals of the loss that a device tells: enough to follow training, too few for the differences
 from which a hub that asks again and again would have a gradient."""
 
+LOCAL: Final = "local"
+"""The name under which a device keeps its own layers: one for a run, whatever it asks for."""
+
 _LATEST: Final = 2**62
 
 
@@ -47,12 +50,14 @@ class Mine:
         asked = layout.decode(layers)
         shape = layout.of(task, seed, asked)
         shape.check(frozen)
-        # Under the layers' own name, so that what one set of patterns kept is never another's.
-        return cls(shape, asked, Carried(kept, run, f"local {','.join(sorted(asked.local))}"))
+        return cls(shape, asked, Carried(kept, run, LOCAL))
 
     def before(self, number: int) -> Vector:
         """Return the layers with which round ``number`` begins, float32."""
-        return self._carried.as_of(number - 1, lambda: self.layout.local(self.layout.start))
+        fresh = self.layout.local(self.layout.start)
+        found = self._carried.as_of(number - 1, lambda: fresh)
+        # Of a run that has changed its mind about which layers stay, nothing is kept.
+        return found if found.shape == fresh.shape else fresh
 
     def keep(self, number: int, before: Vector, whole: Vector) -> None:
         """Keep the layers to which round ``number`` came; raise :class:`BadUpdate` for NaN, Inf."""
@@ -68,10 +73,12 @@ class Mine:
 
 
 def evaluate(
-    task: Task, data: Path, ask: messages.EvaluateAsk, kept: Kept
+    task: Task, data: Path, ask: messages.EvaluateAsk, kept: Kept, *, tune: bool
 ) -> messages.EvaluateReply:
     """Return how the hub's weights do with this device's layers, and after fine-tuning if asked.
 
+    What a fine-tuned model gets right tells of the examples it was tuned on, to the hub and without
+    noise; a device that does not ``tune`` says nothing of it.
     Raises what :meth:`Mine.of` does.
     """
     mine = Mine.of(task, ask.seed, ask.layers, ask.frozen, kept, ask.run)
@@ -79,7 +86,7 @@ def evaluate(
     test = task.load(data, "test")
     done = training.evaluate(mine.layout.model, whole, test)
     tuned = -1
-    if mine.layers.fine_tune:
+    if mine.layers.fine_tune and tune:
         with suppress(DataMissing):
             tuned = _tuned(mine, whole, task.load(data, "train"), test, ask).correct
     return messages.EvaluateReply(

@@ -449,6 +449,11 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             _check_rule(self)
         if self.codec.kind != "none":
             _check_codec(self)
+        if self.layers.fine_tune and (self.privacy.noise_multiplier or self.privacy.examples):
+            raise ValueError(
+                "layers.fine_tune tells how a model does that was tuned on a device's examples, "
+                "without noise and off the ledger: leave it out, or the noise"
+            )
         if self.asynchrony is not None:
             _check_asynchrony(self, self.asynchrony)
 

@@ -83,11 +83,12 @@ def title(plan: Plan) -> str:
     name = {"fedadam": "FedAdam", "fedyogi": "FedYogi", "fedadagrad": "FedAdagrad"}.get(
         training.strategy, "FedAvg with momentum" if training.server_momentum else "FedAvg"
     )
+    if plan.asynchrony is not None:
+        name = "FedBuff" if name == "FedAvg" else f"FedBuff, {name}"
     used = {
         "FedProx": bool(training.proximal),
         "FedNova": training.step_cap is not None,
         "SCAFFOLD": training.control_steps is not None,
-        "FedBuff": plan.asynchrony is not None,
     }
     more = [other for other, asked in used.items() if asked]
     return f"{name} with {' and '.join(more)}" if more else name

@@ -18,6 +18,8 @@ from atoll.privacy.sums import RoundKey
 _T = TypeVar("_T")
 
 MAX_HEAD: Final = 1 << 24
+MAX_PARTS: Final = 1 << 16
+"""Of a payload. Each takes memory here, and one of no length takes none of its sender."""
 
 _LENGTH: Final = struct.Struct(">I")
 _ALIGNED: Final = 8
@@ -92,6 +94,8 @@ def view(data: bytes) -> View:
         type(value) is int and value >= 0 for value in lengths
     ):
         raise Refused("a payload without the lengths of its parts")
+    if len(lengths) > MAX_PARTS:
+        raise Refused(f"a payload of {len(lengths)} parts; {MAX_PARTS} are the most")
     if start + sum(lengths) != len(data):
         raise Refused("a payload whose parts do not fill it")
     whole, parts = memoryview(data), []

@@ -29,6 +29,7 @@ GAPS: Final = b"\1"
 
 _SEVEN: Final = np.uint64(7)
 _LOW: Final = np.uint64(0x7F)
+_LOW_BITS: Final = 0x7F
 _MORE: Final = 0x80
 _LONGEST: Final = 5
 """Bytes of one gap: terms have fewer than 2**35 values."""
@@ -107,11 +108,14 @@ def _from_gaps(body: npt.NDArray[np.uint8], length: int) -> npt.NDArray[np.int64
     if not body.size:
         return np.zeros(0, dtype=np.int64)
     ends = np.flatnonzero(body < _MORE)
-    starts = np.concatenate([[0], ends[:-1] + 1])
     if not ends.size or ends[-1] != body.size - 1:
         raise Refused("gaps cut short")
+    # Before anything as long as the message is made: a byte more stands for 127 places at least.
+    if ends.size > length or body.size - ends.size > length // _LOW_BITS:
+        raise Refused("more gaps, or longer ones, than the term has room for")
+    starts = np.concatenate([[0], ends[:-1] + 1])
     sizes = ends - starts + 1
-    if ends.size > length or int(sizes.max()) > _LONGEST:
+    if int(sizes.max()) > _LONGEST:
         raise Refused("more gaps, or longer ones, than the term has room for")
     if (body[ends[sizes > 1]] == 0).any():
         raise Refused("a gap longer than it need be")

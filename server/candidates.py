@@ -164,7 +164,7 @@ def card(
             ),
             "",
             (
-                f"Privacy spent by this population so far, all runs: {epsilon} at "
+                f"Privacy spent so far, by the ledger that this run was charged to: {epsilon} at "
                 f"δ = {privacy.delta:g}. ε speaks of the trained model alone: evaluation counts, "
                 "activation ranges and the reference profile are sums over devices, without noise."
             ),
@@ -185,8 +185,9 @@ def card(
             "",
             "## Record",
             (
-                f"`atoll plan record {manifest.run}` at the hub tells the plan, what code ran, "
-                "what was charged, and the digests of what came in and out. SHA-256 of the "
+                f"The run's record (`atoll plan record {manifest.run}` at a hub, "
+                f"`runs/{manifest.run}/record.json` in the directory of a run without one) tells "
+                "the plan, what code ran, what was charged, and the digests of what came in and out. SHA-256 of the "
                 f"float32 weights that training began with: `{weights['in']}`, and that it ended "
                 f"with: `{weights['out']}`."
             ),

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 from atoll.federation import plan as plans
 from atoll.federation.errors import BadPlan, DataMissing, LinkError, TaskMissing
 from atoll.federation.plan import Plan
+from atoll.server.cli_cohorts import put_cohorts
 from atoll.server.cli_progress import RunProgress, outcome, put_rounds
 from atoll.server.client import Failure, Misuse
 from atoll.server.tables import note, put_facts, put_json
@@ -174,3 +175,4 @@ def _put(ended: dict[str, Any], wanted: Wanted, devices: int, candidate: Path | 
         | {name: value for name, value in measured if not name.startswith("by_device ")}
     )
     put_rounds(ended)
+    put_cohorts(ended["metrics"] or {})

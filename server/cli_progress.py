@@ -95,17 +95,22 @@ def outcome(run: Run) -> dict[str, object]:
     for name, value in sorted((run["metrics"] or {}).items()):
         if name in TABLED:
             continue
-        if isinstance(value, bool | int | str):
-            facts[name] = value
-        elif isinstance(value, float):
-            facts[name] = f"{value:.4g}"
+        if isinstance(value, bool | int | float | str):
+            facts[name] = _number_of(value)
         elif isinstance(value, Mapping):
             for inner, deeper in sorted(value.items()):
                 pairs = deeper.items() if isinstance(deeper, Mapping) else [("", deeper)]
                 for last, number in pairs:
                     if isinstance(number, int | float):
-                        facts[" ".join(filter(None, (name, inner, last)))] = f"{number:.4g}"
+                        facts[" ".join(filter(None, (name, inner, last)))] = _number_of(number)
     return facts
+
+
+def _number_of(value: float | str) -> object:
+    """Return whole numbers in full, and others to four digits."""
+    if isinstance(value, bool | str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def put_rounds(run: Run) -> None:

@@ -35,7 +35,7 @@ FACTS: Final[Mapping[str, Fact]] = MappingProxyType(
     {
         "power": Fact(str, ("mains", "battery")),
         "network": Fact(str, ("wired", "wifi", "cellular")),
-        "accelerator": Fact(str),
+        "accelerator": Fact(str, ("none", "cuda", "rocm", "edge-tpu", "hailo", "npu")),
         "rows": Fact(int),
         "drift": Fact(str, ("unwatched", "too-few-rows", "stable", "drifted")),
         "drifted": Fact(bool),

@@ -95,6 +95,8 @@ def of_devices(
             name: "no examples"
             if not who
             else f"on {len(who)} of {len(answers)} devices; cohort.min_devices is {least}"
+            if len(who) < least
+            else "a small group could be worked out from it"
             for name, who in holders.items()
             if name not in kept
         },

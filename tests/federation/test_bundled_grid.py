@@ -1,5 +1,6 @@
 """A ServerApp holds a few replies at a time, however many the SuperLink has for it."""
 
+import pytest
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
@@ -116,3 +117,30 @@ def test_a_reply_whose_parts_are_still_on_their_way_is_pulled_and_holds_no_other
     grid = Answered(sent, missing=[1])
     assert payloads(grid.pull_messages(["any"])) == payloads(sent)
     assert grid.called == [FETCH_ALL, "one by one", FETCH_PARTS, FETCH_PARTS]
+
+
+def test_what_a_device_writes_inside_its_reply_does_not_say_whose_it_is():
+    (honest, liar) = replies([10, 20])
+    grid = Answered([honest, liar])
+    lie = get_all_nested_objects(liar)
+    liar.metadata.__dict__["_reply_to_message_id"] = "junk"
+    for name, part in get_all_nested_objects(liar).items():
+        grid.parts.held[name] = part.deflate()
+    root = liar.object_id
+    tree = grid._found.message_object_trees[1]
+    assert tree.object_id in lie
+    grid.parts.held[tree.object_id] = grid.parts.held[root]
+    found = list(grid.pull_messages(["ask-0", "ask-1"]))
+    assert [reply.metadata.reply_to_message_id for reply in found] == ["ask-0", "ask-1"]
+
+
+@pytest.mark.parametrize("what", ["nothing", "another kind"])
+def test_a_reply_that_is_no_message_is_one_devices_failure(what):
+    grid = Answered(replies([10, 20]))
+    root = grid._found.message_object_trees[0].object_id
+    other = messages.pack(messages.QueryReply(payload=b"x"))
+    grid.parts.held[root] = b"\0" * 40 if what == "nothing" else other.deflate()
+    bad, good = grid.pull_messages(["ask-0", "ask-1"])
+    assert bad.has_error()
+    assert bad.metadata.reply_to_message_id == "ask-0"
+    assert payloads([good]) == [("ask-1", messages.QueryReply(payload=b"\1" * 20))]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from atoll.federation import example_privacy, parameters
+from atoll.federation import example_privacy, lora, parameters
 from atoll.federation.errors import DataMissing
 from atoll.federation.example_privacy import SENSITIVITY, Noise
 from atoll.federation.plan import ExamplePrivacy, Training
@@ -97,8 +97,18 @@ def four_axes() -> nn.Module:
 
 
 GHOST = [(linear, (5,)), (convolution, (2, 10)), (spar, (6, 200))]
+
+
+def adapted(padding_mode: str) -> nn.Module:
+    """Adapters begin at zero, where a wrong norm does not show."""
+    model = convolution(padding_mode)
+    lora.adapt(model, ["0"], 1, 1.0, 0)
+    return model
+
+
 ONE_BY_ONE = [
     (lambda: convolution("circular"), (2, 10)),
+    (lambda: adapted("circular"), (2, 10)),
     (four_axes, (2, 5, 4)),
     (Twice, (5,)),
 ]

@@ -1,5 +1,6 @@
 """What a device carries from round to round: what counted stands, what did not is forgotten."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +73,28 @@ def test_a_value_survives_its_process(tmp_path: Path):
     again = Carried(KeptFiles(tmp_path), "run", "residual")
     assert again.as_of(3, lambda: vector(0)) == 2
     assert again.as_of(2, lambda: vector(0)) == 1
+
+
+@pytest.mark.parametrize("hours", [-48, 48])
+def test_the_run_in_use_is_kept_though_the_clock_was_set(tmp_path: Path, hours: int) -> None:
+    kept = KeptFiles(tmp_path)
+    for run in range(RUNS):
+        kept.save(f"old-{run}", "a", b"x")
+    for folder in tmp_path.iterdir():
+        time = folder.stat().st_mtime + hours * 3600
+        os.utime(folder, (time, time))
+    for value in (b"1", b"2"):
+        kept.save("live", "a", value)
+        assert kept.load("live", "a") == value
+    assert sum(kept.load(f"old-{run}", "a") is not None for run in range(RUNS)) == RUNS - 1
+
+
+def test_an_earlier_round_asked_again_takes_nothing_back(tmp_path: Path) -> None:
+    carried = Carried(KeptFiles(tmp_path), "run", "residual")
+    carried.put(5, vector(1), vector(2))
+    carried.put(6, vector(2), vector(3))
+    carried.put(5, vector(1), vector(9))
+    assert carried.as_of(6, lambda: vector(0)) == 3
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.booleans()), max_size=12))

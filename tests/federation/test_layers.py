@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from overheard import Overheard
 from torch import nn
 
-from atoll.federation import layout, lora, messages, parameters, personal, plan, training
+from atoll.federation import (
+    client_app,
+    layout,
+    lora,
+    messages,
+    parameters,
+    personal,
+    plan,
+    training,
+)
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.errors import BadMessage, BadPlan, RoundFailed
 from atoll.federation.evaluation import evaluate
@@ -22,8 +31,9 @@ from atoll.federation.kept import Carried, Kept, KeptHere
 from atoll.federation.plan import Layers, Plan, Training
 from atoll.federation.task import Examples, Split
 from atoll.privacy import frames
-from atoll.privacy.errors import BadUpdate
-from atoll.privacy.sums import CONTRIBUTE, RoundKey
+from atoll.privacy.errors import BadUpdate, Refused
+from atoll.privacy.plain import PlainParty
+from atoll.privacy.sums import CONTRIBUTE, PartySum, RoundKey
 
 # The model of Blobs: 0 Linear(2, 8), 1 BatchNorm1d(8), 2 ReLU, 3 Linear(8, 2).
 SIZES = {"0": 24, "1": 32, "3": 18}
@@ -568,5 +578,48 @@ def test_a_device_without_examples_to_tune_on_evaluates_all_the_same(tmp_path: P
         split="test",
         layers=layout.encode(Layers(fine_tune=("3.*",))),
     )
-    reply = personal.evaluate(Testing(), write(tmp_path / "one", 1), ask, KeptHere())
+    reply = personal.evaluate(Testing(), write(tmp_path / "one", 1), ask, KeptHere(), tune=True)
     assert (reply.rows, reply.correct_tuned) == (60, -1)
+
+
+@pytest.mark.parametrize("floor", [client_app.NO_FLOOR, client_app.Floor(devices=2)])
+def test_a_device_that_trusts_no_hub_tells_nothing_of_a_tuned_model(
+    tmp_path: Path, floor: client_app.Floor
+) -> None:
+    """Without --allow-plain, or with a floor, what its training examples make of a model stays."""
+    closed = floor == client_app.NO_FLOOR
+
+    def sums(_: str, party: PartySum) -> PartySum:
+        if closed and isinstance(party, PlainParty):
+            raise Refused("not in the clear")
+        return party
+
+    here = fleet(tmp_path, 3, sums=sums, floors=dict.fromkeys(everyone(Blobs(), 3), floor))
+    asked = msgspec.structs.replace(plan_of("secagg"), layers=Layers(fine_tune=("3.*",)))
+    weights = parameters.flatten(Blobs().model(asked.seed))
+    replies = scores(here, asked, weights)
+    assert {one.correct_tuned for one in replies.values()} == {-1}
+    assert {one.rows for one in replies.values()} == {60}
+
+
+@pytest.mark.parametrize("section", ["noise_multiplier = 1.0", "examples = {examples}"])
+def test_fine_tuning_is_refused_where_noise_promises_more(section: str) -> None:
+    examples = "{ noise_multiplier = 1.0, clip_norm = 1.0, sampling_rate = 0.1, steps = 3 }"
+    text = (
+        'name = "a"\ntask = "a"\nmodel = "a"\n[layers]\nfine_tune = ["3.*"]\n[privacy]\n'
+        + section.replace("{examples}", examples)
+    )
+    with pytest.raises(BadPlan, match="fine_tune"):
+        plan.loads(text)
+
+
+def test_a_round_that_is_refused_leaves_nothing_on_the_device(tmp_path: Path) -> None:
+    kept = KeptHere()
+
+    def no_plain(_: str, party: PartySum) -> PartySum:
+        raise Refused("not in the clear")
+
+    here = fleet(tmp_path, 3, sums=no_plain, kept=dict.fromkeys(everyone(Blobs(), 3), kept))
+    with pytest.raises(RoundFailed):
+        here.run(layered(Layers(local=("3.*",)), count=1))
+    assert kept.load("run", personal.LOCAL) is None

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sum_protocol import NAMES, Cohort, SumContract, terms_of
 
+from atoll.privacy import frames
 from atoll.privacy.errors import Refused, TooFewSurvivors
 from atoll.privacy.plain import PlainHubSession
 from atoll.privacy.sums import CONTRIBUTE
@@ -79,3 +80,11 @@ def test_below_the_minimum_no_terms_are_given():
     spec = cohort.spec(min_=3)
     with pytest.raises(TooFewSurvivors):
         cohort.sum(spec, terms_of(cohort.names, spec), lambda _, party: party == NAMES[2])
+
+
+def test_a_payload_of_too_many_parts_is_refused() -> None:
+    """A part of no length costs its sender two bytes, and whoever takes it apart some 200."""
+    most = frames.pack({}, [b""] * frames.MAX_PARTS)
+    assert len(frames.view(most).parts) == frames.MAX_PARTS
+    with pytest.raises(Refused, match="parts"):
+        frames.view(frames.pack({}, [b""] * (frames.MAX_PARTS + 1)))
