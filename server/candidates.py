@@ -187,7 +187,8 @@ def card(
             (
                 f"The run's record (`atoll plan record {manifest.run}` at a hub, "
                 f"`runs/{manifest.run}/record.json` in the directory of a run without one) tells "
-                "the plan, what code ran, what was charged, and the digests of what came in and out. SHA-256 of the "
+                "the plan, what code ran, what was charged, and the digests of what came in and "
+                "out. SHA-256 of the "
                 f"float32 weights that training began with: `{weights['in']}`, and that it ended "
                 f"with: `{weights['out']}`."
             ),
