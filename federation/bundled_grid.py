@@ -47,6 +47,7 @@ from flwr.superlink.grid import http_grid
 from google.protobuf.message import Message as ProtobufMessage
 
 from atoll.federation.errors import LinkError
+from atoll.federation.messages import QUERY
 from atoll.federation.superlink import FETCH_ALL, FETCH_PARTS, SEND_ALL
 from atoll.privacy import frames
 
@@ -239,6 +240,6 @@ def _missing(asked: str, why: str) -> Message:
         group_id="",
         created_at=0.0,
         ttl=0.0,
-        message_type="",
+        message_type=QUERY,
     )
     return make_message(metadata=metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, why))

@@ -5,6 +5,7 @@ it does not matter for them which rounds counted: a round begins with what the l
 it came to, and the same round, asked again, with the same.
 """
 
+import hashlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ class Mine:
         fresh = self.layout.local(self.layout.start)
         found = self._carried.as_of(number - 1, lambda: fresh)
         # Of a run that has changed its mind about which layers stay, nothing is kept.
-        return found if found.shape == fresh.shape else fresh
+        mine = np.array_equal(found[len(fresh) :], self._mark)
+        return found[: len(fresh)] if mine else fresh
 
     def keep(self, number: int, before: Vector, whole: Vector) -> None:
         """Keep the layers to which round ``number`` came; raise :class:`BadUpdate` for NaN, Inf."""
@@ -65,7 +67,14 @@ class Mine:
             after = self.layout.local(whole)
             if not np.isfinite(after).all():
                 raise BadUpdate("this device's own layers hold NaN or Inf; its training diverged")
-            self._carried.put(number, before, after)
+            marked = [np.concatenate([layers, self._mark]) for layers in (before, after)]
+            self._carried.put(number, *marked)
+
+    @property
+    def _mark(self) -> Vector:
+        """Return what stands behind kept layers: the digest of which layers they are."""
+        digest = hashlib.sha256("\0".join(sorted(self.layers.local)).encode()).digest()
+        return np.frombuffer(digest, np.uint8).astype(np.float32)
 
     def latest(self) -> Vector:
         """Return the layers as they are now, float32; the initial ones before the first round."""

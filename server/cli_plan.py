@@ -8,7 +8,7 @@ import typer
 
 from atoll.federation import plan as plans
 from atoll.federation.errors import BadPlan
-from atoll.server import cli_local, plan_rules
+from atoll.server import cli_local
 from atoll.server.cli_cohorts import put_cohorts
 from atoll.server.cli_options import Data, Json, MlflowUrl, connect, guarded, tracking
 from atoll.server.cli_progress import RunProgress, follow, outcome, put_rounds, standing_of
@@ -217,6 +217,9 @@ def cancel_run(run: RunId, *, data: Data = None, as_json: Json = False) -> None:
 
 def _read(file: Path) -> str:
     """Return a plan's text after checking it, so that a slip is told before any network."""
+    # Imported here: help and completion do without what judges rules.
+    from atoll.server import plan_rules
+
     try:
         plan_rules.check(plans.load(file))
         return file.read_text(encoding="utf-8")

@@ -108,7 +108,6 @@ def adapted(padding_mode: str) -> nn.Module:
 
 ONE_BY_ONE = [
     (lambda: convolution("circular"), (2, 10)),
-    (lambda: adapted("circular"), (2, 10)),
     (four_axes, (2, 5, 4)),
     (Twice, (5,)),
 ]
@@ -324,7 +323,7 @@ def test_every_draw_is_the_keystreams(build, shape):
 
     first = run(1, 10)
     assert np.array_equal(first, run(1, 11))
-    assert not np.isclose(first, run(2, 10)).any()
+    assert np.isclose(first, run(2, 10)).mean() < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -374,3 +373,12 @@ def test_no_examples_is_said():
             privacy(),
             Keystream.replayable(0),
         )
+
+
+@pytest.mark.parametrize(("padding_mode", "ghost"), [("zeros", True), ("circular", False)])
+def test_a_wrong_norm_shows_though_adapters_begin_at_zero(padding_mode: str, ghost: bool) -> None:  # noqa: FBT001
+    model = made(lambda: adapted(padding_mode), 0)
+    before = parameters.flatten(model)
+    with example_privacy._expected_warnings():
+        assert example_privacy._follows_ghost(model, (2, 10)) is ghost
+    assert np.array_equal(parameters.flatten(model), before)

@@ -222,7 +222,9 @@ def test_a_head_of_their_own_serves_devices_that_disagree(tmp_path: Path) -> Non
     )
     made = layout.of(task, 7, HEAD)
     alone = training.evaluate(made.model, made.whole(done.weights), task.load(data, "test"))
-    assert personal.evaluate(task, data, fresh, KeptHere()).correct == alone.correct, name
+    assert personal.evaluate(task, data, fresh, KeptHere(), tune=False).correct == alone.correct, (
+        name
+    )
 
 
 def test_normalisation_of_their_own_keeps_each_devices_statistics(tmp_path: Path) -> None:
@@ -620,6 +622,5 @@ def test_a_round_that_is_refused_leaves_nothing_on_the_device(tmp_path: Path) ->
         raise Refused("not in the clear")
 
     here = fleet(tmp_path, 3, sums=no_plain, kept=dict.fromkeys(everyone(Blobs(), 3), kept))
-    with pytest.raises(RoundFailed):
-        here.run(layered(Layers(local=("3.*",)), count=1))
+    here.run(layered(Layers(local=("3.*",)), count=1))
     assert kept.load("run", personal.LOCAL) is None

@@ -1,6 +1,7 @@
 """Sparse terms: the same term comes back, in fewer bytes, and nothing else is taken for one."""
 
 import itertools
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -94,9 +95,9 @@ ONE = b"\x05"
         (sparse.GAPS + b"\x64", ONE, "behind the term"),  # position 100 of 100
         (sparse.GAPS + b"\x63\x00", ONE * 2, "behind the term"),  # 99 and 100
         (sparse.GAPS + b"\x80", ONE, "cut short"),
-        (sparse.GAPS + b"\x85\x00", ONE, "longer than it need be"),
+        (sparse.GAPS + b"\x85\x00", ONE, "longer ones"),
         (sparse.GAPS + b"\x80" * 5 + b"\x01", ONE, "longer ones"),
-        (sparse.GAPS + b"\xff" * 4 + b"\x7f", ONE, "behind the term"),
+        (sparse.GAPS + b"\xff" * 4 + b"\x7f", ONE, "longer ones"),
         (sparse.GAPS + bytes(101), ONE * 101, "more gaps"),
         (sparse.GAPS + b"\0\0", ONE, "instead of 2"),
         (sparse.GAPS + b"\0", ONE * 2, "instead of 1"),
@@ -113,6 +114,22 @@ def test_positions_and_values_that_are_no_term_are_refused(
 ) -> None:
     with pytest.raises(Refused, match=says):
         sparse.view([positions, told], 100, 100)
+
+
+def test_a_gap_longer_than_it_need_be_is_refused_in_a_long_term_too() -> None:
+    with pytest.raises(Refused, match="longer than it need be"):
+        sparse.view([sparse.GAPS + b"\x85\x00", ONE], 1000, 100)
+
+
+def test_a_hostile_message_costs_little_more_than_its_own_bytes() -> None:
+    """Positions of gaps that a term has no room for are refused before arrays are made of them."""
+    positions = sparse.GAPS + b"\x80\x80\x80\x80\x01" * 200_000
+    tracemalloc.start()
+    with pytest.raises(Refused):
+        sparse.view([positions, ONE], 1_000_000, 100)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5 * len(positions)
 
 
 def test_a_term_has_one_or_two_parts() -> None:
