@@ -174,5 +174,5 @@ def _put(ended: dict[str, Any], wanted: Wanted, devices: int, candidate: Path | 
         }
         | {name: value for name, value in measured if not name.startswith("by_device ")}
     )
-    put_rounds(ended)
     put_cohorts(ended["metrics"] or {})
+    put_rounds(ended)

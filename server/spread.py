@@ -57,15 +57,12 @@ def by_cohort(
     full = [name for who in sides.values() for name in who if tallies[name].rows]
     held = set(full)
     spread, left_out = {}, {}
-    holding = {side: [name for name in who if name in held] for side, who in sides.items()}
-    shows = shown({side: who for side, who in holding.items() if who}, least)
-    for side, who in {"all": full, **holding}.items():
-        if side in shows or (side == "all" and len(who) >= least):
-            spread[side] = over_devices(tallies, who)
-        elif len(who) >= least:
-            left_out[side] = "the spread of a small cohort could be worked out from it"
-        elif who:
-            left_out[side] = f"{_devices(len(who))}, {_few(least)}"
+    for side, who in {"all": full, **sides}.items():
+        mine = [name for name in who if name in held]
+        if len(mine) >= least:
+            spread[side] = over_devices(tallies, mine)
+        elif mine:
+            left_out[side] = f"{_devices(len(mine))}, {_few(least)}"
     for label in sorted({label for name in full for label in labels.get(name, {})}):
         values: dict[str, list[str]] = {}
         for name in full:
