@@ -44,6 +44,8 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _number(value: float, unit: str) -> str:
+    if unit == "%":
+        return f"{value:.2f} %"
     return f"{value:,.0f} {unit}" if abs(value) >= 100 else f"{value:.3g} {unit}"
 
 
