@@ -56,7 +56,7 @@ def test_rows_are_those_of_benchmarks() -> None:
     assert msgspec.convert(row, BenchmarkRow, strict=True).met is True
     assert set(row) == {field.name for field in msgspec.structs.fields(BenchmarkRow)}
     said = document([("published", [row])], "a machine")
-    assert "| 99.2 % | 99.1 % | 99.6 %, Burns et al. 2018 |" in said
+    assert "| 99.20 % | 99.10 % | 99.60 %, Burns et al. 2018 |" in said
 
 
 def test_the_table_is_the_published_one() -> None:
