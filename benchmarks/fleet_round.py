@@ -30,7 +30,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -276,8 +276,8 @@ def _start_stock(address: str, ca: bytes, config: Mapping[str, bool | int | floa
         override_config=user_config_to_proto(dict(config)),
     )
     context = ssl.create_default_context(cadata=ca.decode("ascii"))
-    client = ControlHttpClient(f"https://{address}", verify=context)
-    return str(client.StartRun(request).run_id)
+    with closing(ControlHttpClient(f"https://{address}", verify=context)) as client:
+        return str(client.StartRun(request).run_id)
 
 
 def _free_port() -> int:

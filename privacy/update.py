@@ -45,8 +45,12 @@ MIN_SHARE_SIGMA: Final = 2.0
 MIN_BITS: Final = 2
 MAX_BITS: Final = 24
 _ATTEMPTS: Final = 32
-_BLOCK: Final = 1 << 14
-"""Values that are worked on at a time; with all that is made of them they stay in the cache."""
+_BLOCK: Final = 1 << 13
+"""Values that are worked on at a time; with all that is made of them they stay in the cache.
+
+And below the 10,000 from which OpenBLAS shares a dot product out to its threads: handing over costs
+more than the product, and where other work has the cores each block waits for a turn.
+"""
 _SQUARED: Final = (1e-150, 1e150)
 """Magnitudes whose squares are floats, and sums of squares too."""
 
