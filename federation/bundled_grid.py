@@ -105,6 +105,11 @@ class BundledGrid(Grid):
         """Return a message; Flower prefers its constructor."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
+    @property
+    def waits(self) -> bool:
+        """Whether :meth:`pull_messages` waits, so that the caller need not."""
+        return self._bundled
+
     @_carried()
     def get_node_ids(self) -> Iterable[int]:
         """Return the connected nodes."""
@@ -128,7 +133,8 @@ class BundledGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies there are to ``message_ids``, each once.
 
-        They are fetched now, and their parts as they are asked for, a few of them at a time.
+        They are fetched now, and their parts as they are asked for, a few of them at a time. Where
+        :attr:`waits`, this rests at the SuperLink until there is one.
         """
         wanted = list(message_ids)
         if self._bundled:

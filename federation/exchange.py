@@ -1,8 +1,8 @@
 """Sending one message to each of several devices and waiting for what comes back.
 
 Polls the grid promptly instead of Flower's ``send_and_receive``, which sleeps three seconds
-between looks. A device that answers with an error, is offline, or is silent until the
-deadline is a failure by name and never stops the others.
+between looks, and leaves the waiting to a grid that ``waits``. A device that answers with an error,
+is offline, or is silent until the deadline is a failure by name and never stops the others.
 """
 
 import time
@@ -95,7 +95,7 @@ def converse(
         if late or not pending:
             break
         now = clock.now()
-        clock.pause(min(poll_delay(now - asked), max(deadline - now, 0.0)))
+        _pause(grid, clock, min(poll_delay(now - asked), max(deadline - now, 0.0)))
     for device in pending.values():
         yield Reply(device, None, f"no answer within {timeout:g} s")
 
@@ -144,7 +144,13 @@ class Outstanding:
             if found or not self._pending:
                 return found
             left = min(sent.deadline for sent in self._pending.values()) - now
-            self._clock.pause(min(poll_delay(now - began), left))
+            _pause(self._grid, self._clock, min(poll_delay(now - began), left))
+
+
+def _pause(grid: Grid, clock: Clock, seconds: float) -> None:
+    """Wait before the next look, unless looking waits by itself."""
+    if not getattr(grid, "waits", False):
+        clock.pause(seconds)
 
 
 class _Sent(NamedTuple):

@@ -9,9 +9,10 @@ Two things are different here, and nothing else:
 - Calls bundle others, with the same checks and the same handlers. For a device
   :data:`FETCH` waits for a message for at most :data:`WAIT_SECONDS` and returns it with its
   parts, and :data:`SEND` takes a reply with its parts; for a ServerApp :data:`FETCH_ALL` and
-  :data:`SEND_ALL` do the same with many messages, and :data:`FETCH_PARTS` returns the parts of
-  those for which an answer had no room, so that the ServerApp holds a few of them at a time,
-  however many there are. Who finds a stock SuperLink makes the single calls.
+  :data:`SEND_ALL` do the same with many messages (the former waits :data:`REST_SECONDS` for a
+  first one), and :data:`FETCH_PARTS` returns the parts of those for which an answer had no room,
+  so that the ServerApp holds a few of them at a time, however many there are. Who finds a stock
+  SuperLink makes the single calls.
 
     python -m atoll.federation.superlink [options of flower-superlink]
 """
@@ -55,6 +56,8 @@ ANSWER_BYTES: Final = 1 << 24
 """Parts that an answer to a ServerApp has room for: four replies of a 4 MB model."""
 
 WAIT_SECONDS: Final = 2.0
+REST_SECONDS: Final = 0.5
+"""How long a ServerApp's look rests when it finds nothing; so much later it may see a deadline."""
 _LOOK_SECONDS: Final = 0.03
 _PARTS_SECONDS: Final = 5.0
 """How long a message's parts may still be on their way from the ServerApp."""
@@ -113,6 +116,8 @@ class _Held(NamedTuple):
 _held: dict[int, _Held] = {}
 _news: dict[int, asyncio.Event] = {}
 """Set when there may be something for a node; made when it first asks."""
+_replies: dict[int, asyncio.Event] = {}
+"""Set when a reply has come to a run; made when its ServerApp first asks."""
 
 
 async def fetch(request: Request) -> Response:
@@ -222,17 +227,32 @@ async def send(request: Request) -> Response:
                     )
         return bytes(answer.SerializeToString())
 
-    return Response(await run_in_threadpool(store))
+    answer = await run_in_threadpool(store)
+    for message in pushed.messages_list:
+        if message.metadata.run_id in _replies:
+            _replies[message.metadata.run_id].set()
+    return Response(answer)
 
 
 async def fetch_all(request: Request) -> Response:
-    """Return a :class:`PullAppMessagesResponse` and the parts of its first messages."""
-    body = await request.body()
+    """Return a :class:`PullAppMessagesResponse` and the parts of its first messages.
+
+    Waits :data:`REST_SECONDS` for a first message if there is none yet.
+    """
+    asked = _parsed(await request.body(), PullAppMessagesRequest)
+    state, handlers, task = await run_in_threadpool(_app, request)
+    news = _replies.setdefault(task.run_id, asyncio.Event())
+    deadline = time.monotonic() + REST_SECONDS
+    while True:
+        news.clear()
+        answer = await run_in_threadpool(handlers.pull_messages, asked, state, task)
+        left = deadline - time.monotonic()
+        if answer.messages_list or left <= 0:
+            break
+        with suppress(TimeoutError):
+            await asyncio.wait_for(news.wait(), left)
 
     def found() -> bytes:
-        state, handlers, task = _app(request)
-        asked = _parsed(body, PullAppMessagesRequest)
-        answer = handlers.pull_messages(asked, state, task)
         parts = _first_parts(state, task.run_id, answer.message_object_trees)
         return frames.pack({}, [answer.SerializeToString(), *parts])
 

@@ -1,11 +1,14 @@
 """A ServerApp holds a few replies at a time, however many the SuperLink has for it."""
 
+import asyncio
+from types import SimpleNamespace
+
 import pytest
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import ObjectTree
-from flwr.proto.runtime_pb2 import PullAppMessagesResponse
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -14,6 +17,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from atoll.federation import messages, superlink
 from atoll.federation.bundled_grid import BundledGrid
 from atoll.federation.engine import InProcessGrid
+from atoll.federation.exchange import Clock, converse
 from atoll.federation.superlink import ANSWER_BYTES, FETCH_ALL, FETCH_PARTS
 from atoll.privacy import frames
 
@@ -144,3 +148,70 @@ def test_a_reply_that_is_no_message_is_one_devices_failure(what):
     assert bad.has_error()
     assert bad.metadata.reply_to_message_id == "ask-0"
     assert payloads([good]) == [("ask-1", messages.QueryReply(payload=b"\1" * 20))]
+
+
+class Waiting:
+    """Handlers of a SuperLink that has no reply at the first look, and one from the second on.
+
+    ``comes`` makes the SuperLink think that it came right after the first.
+    """
+
+    def __init__(self, comes):
+        self.looks, self.comes = 0, comes
+        self.object_store = self
+
+    def pull_messages(self, asked, state, task):
+        self.looks += 1
+        found = PullAppMessagesResponse()
+        if self.looks > 1:
+            found.messages_list.add().metadata.reply_to_message_id = "ask-0"
+        elif self.comes:
+            superlink._replies[RUN].set()
+        return found
+
+
+def look(monkeypatch, seconds, comes):
+    """Return how often a ServerApp's look looked; a reply ``comes`` after the first or not."""
+    handlers = Waiting(comes)
+    task = SimpleNamespace(run_id=RUN)
+    monkeypatch.setattr(superlink, "_app", lambda request: (handlers, handlers, task))
+    monkeypatch.setattr(superlink, "REST_SECONDS", seconds)
+    monkeypatch.setattr(superlink, "_replies", {})
+
+    async def body():
+        return PullAppMessagesRequest(message_ids=["ask-0"]).SerializeToString()
+
+    async def looked():
+        return await asyncio.wait_for(superlink.fetch_all(SimpleNamespace(body=body)), 20)
+
+    head, *_ = frames.unpack(asyncio.run(looked()).body).parts
+    return handlers.looks, len(PullAppMessagesResponse.FromString(head).messages_list)
+
+
+def test_a_look_rests_until_a_reply_comes(monkeypatch):
+    assert look(monkeypatch, seconds=60, comes=True) == (2, 1)
+
+
+def test_a_look_ends_without_a_reply_when_its_rest_is_over(monkeypatch):
+    assert look(monkeypatch, seconds=0, comes=False) == (1, 0)
+
+
+def test_nobody_pauses_between_looks_that_rest():
+    class Resting(InProcessGrid):
+        waits = True
+        looks = 0
+
+        def push_messages(self, messages):
+            return ["ask-0"]
+
+        def pull_messages(self, message_ids):
+            self.looks += 1
+            return iter([])
+
+    grid = Resting({})
+    now = iter(range(100))
+    clock = Clock(lambda: float(next(now)), lambda seconds: pytest.fail("paused"))
+    content = messages.pack(messages.QueryAsk(name="", payload=b""))
+    (reply,) = converse(grid, {"a": 1}, messages.QUERY, {"a": content}, 5.0, clock=clock)
+    assert reply.failure == "no answer within 5 s"
+    assert grid.looks > 1
