@@ -4,7 +4,7 @@
                                 [--alone]
 
 A round of a plan in the clear with a client that does nothing: it reads what it was sent and
-answers with zeros, which are checked, laid out, carried, checked again and added like any update.
+answers with ones, which are checked, laid out, carried, checked again and added like any update.
 So the figure holds all that the engine does for a client update, and each device's share of what
 it does once in a round: the least of several rounds' seconds, divided by the devices. Seconds are
 CPU time, since nothing here ever waits.
@@ -76,7 +76,7 @@ def plan_of(devices: int, count: int) -> plan.Plan:
     return plan.loads(_PLAN.format(rounds=count, devices=devices))
 
 
-def seconds_a_round(parameters: int, devices: int, count: int, value: int = 0) -> list[float]:
+def seconds_a_round(parameters: int, devices: int, count: int, value: int = 1) -> list[float]:
     """Return the CPU time of each of ``count`` rounds; every update must be in each of them.
 
     An update is ``parameters`` times ``value``.

@@ -61,6 +61,8 @@ GOAL_SECONDS: Final = 1.0
 GOAL_MB: Final = 160.0
 MODES: Final = ("plain", "secagg")
 _DONE: Final = 900.0
+_LOOK: Final = 1.0
+"""Seconds between looks whether it is done; each costs the SuperLink a request."""
 
 _PLAN: Final = """
 name = "{mode}"
@@ -133,7 +135,7 @@ class Site:
         while not ready():
             if time.monotonic() > deadline:
                 raise NotDone(f"waited {_DONE:g} s for {what}: {self.said(log)[-2000:]}")
-            time.sleep(0.2)
+            time.sleep(_LOOK)
 
     def said(self, name: str) -> str:
         """Return what a program has said."""

@@ -33,7 +33,6 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
     iterate_object_tree,
-    no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import (
@@ -47,8 +46,10 @@ from flwr.superlink.grid import http_grid
 from google.protobuf.message import Message as ProtobufMessage
 
 from atoll.federation.errors import LinkError
+from atoll.federation.flower import laid_out_once
 from atoll.federation.messages import QUERY
 from atoll.federation.superlink import FETCH_ALL, FETCH_PARTS, SEND_ALL
+from atoll.federation.transport import Transport
 from atoll.privacy import frames
 
 _UPLOAD_PATIENCE: Final = 30.0
@@ -83,6 +84,8 @@ class BundledGrid(Grid):
         # What it does beyond the interface is flwr's HttpGrid alone.
         self._inner: Any = inner
         self._bundled = isinstance(inner, http_grid.HttpGrid)
+        if isinstance(inner, http_grid.HttpGrid):
+            _hasten(inner._runtime_client._client)  # noqa: SLF001
         vars(http_grid)["pull_objects"] = _promptly
 
     def set_run(self, run: Run) -> None:
@@ -120,7 +123,7 @@ class BundledGrid(Grid):
         """Send messages; return their ids, empty where one was not taken."""
         sent = list(messages)
         if sent and self._bundled:
-            with no_object_id_recompute():
+            with laid_out_once(sent):
                 request, objects = _outgoing(sent)
                 parts = [part.deflate() for part in objects.values()]
             body = frames.pack({}, [request.SerializeToString(), *parts])
@@ -221,6 +224,13 @@ class BundledGrid(Grid):
             ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=tree.object_id)
         )
         return contents
+
+
+def _hasten(client: httpx.Client) -> None:
+    """Give a client that is made already a transport for large bodies, with the TLS it has."""
+    stock: Any = client._transport  # noqa: SLF001
+    client._transport = Transport(stock._pool._ssl_context)  # noqa: SLF001
+    stock.close()
 
 
 def _outgoing(

@@ -32,6 +32,7 @@ from google.protobuf.message import Message as ProtobufMessage
 
 from atoll.federation.errors import LinkError
 from atoll.federation.superlink import FETCH, SEND
+from atoll.federation.transport import Transport
 from atoll.privacy import frames
 from atoll.privacy.errors import Refused
 
@@ -168,7 +169,7 @@ class _Version:
 
 
 class _Fleet(FleetHttpClient):
-    """flwr's Fleet client without redirects and without proxies from the environment."""
+    """flwr's Fleet client without redirects and proxies, and quick with what is large."""
 
     def __init__(
         self,
@@ -180,7 +181,7 @@ class _Fleet(FleetHttpClient):
         super().__init__(base_url, interceptors=interceptors, verify=verify)
         self._url = base_url
         self._client.close()
-        self._client = httpx.Client(verify=verify, timeout=_SECONDS, trust_env=False)
+        self._client = httpx.Client(transport=Transport(verify), timeout=_SECONDS, trust_env=False)
 
     def raw(self, call: str, body: bytes, message: ProtobufMessage) -> httpx.Response:
         """Make a call that flwr does not know, with the headers of those it knows."""

@@ -9,6 +9,7 @@ test runs them against a real SuperLink. Written for flwr 1.41 (Message API, pro
     SuperLinkAdmin(address, ca_pem): ready, register_node, unregister_node, start_run,
                                      run_status, stop_run, close
     claim_run, answer         shared by the in-process engine and the warm node
+    laid_out_once             shared by the warm node and the ServerApp's grid
 
 The SuperLink listens on loopback with TLS, admits registered node keys only, runs ServerApps
 in processes of their own (``--isolation process``: a SuperExec that the hub starts polls for
@@ -21,8 +22,10 @@ import os
 import ssl
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
@@ -41,6 +44,7 @@ from flwr.proto.control_pb2 import (
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_object import no_object_id_recompute
 from flwr.supercore.task_identity import TaskIdentity
 
 from atoll.federation import app_bundle
@@ -255,6 +259,25 @@ def answer(
     except Exception as error:  # noqa: BLE001  # whatever a task raises is the device's answer
         reason = f"{type(error).__name__}: {error}"
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+@contextmanager
+def laid_out_once(messages: Sequence[Message]) -> Iterator[None]:
+    """Let the records of ``messages`` be laid out as bytes, and hashed, once within the block.
+
+    A message's parts are named by their hashes, each parent's of its children's. flwr lays a
+    record out for each that asks for its name, and again to be sent.
+    """
+    contents = [message.content for message in messages if message.has_content()]
+    records = {id(record): record for content in contents for record in content.values()}
+    with no_object_id_recompute():
+        try:
+            for record in records.values():
+                record.__dict__["deflate"] = partial(bytes, record.deflate())
+            yield
+        finally:
+            for record in records.values():
+                record.__dict__.pop("deflate", None)
 
 
 def _script(name: str) -> str:

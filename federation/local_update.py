@@ -126,7 +126,8 @@ def encoded(
     if effective:
         change = change / np.float32(effective)
     chosen, weight = sketch.chosen(change), riders.weight(rows)
-    within = update.norm(chosen.values) <= spec.clip_norm
+    # A pass over the update, which adaptive clipping alone asks for.
+    within = not riders.clip_quantile or update.norm(chosen.values) <= spec.clip_norm
     behind = riders.values(rows, within=within, steps=effective)
     clipped = update.quantise(chosen.values, spec, rng, weight, behind)
     noised = update.noised(clipped, spec, rng)

@@ -28,7 +28,6 @@ from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
     ObjectTree,
     PullObjectRequest,
-    PushObjectRequest,
 )
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesRequest
 from flwr.supercore.error import ApiErrorCode, FlowerError
@@ -177,24 +176,22 @@ async def _parts(
     from flwr.superlink.servicer.fleet import fleet_handlers
 
     run = found.messages_list[0].metadata.run_id
-    wanted = [
-        PullObjectRequest(node=asked.node, run_id=run, object_id=part.object_id)
-        for part in iterate_object_tree(found.message_object_trees[0])
-    ]
+    names = [part.object_id for part in iterate_object_tree(found.message_object_trees[0])]
+    last = PullObjectRequest(node=asked.node, run_id=run, object_id=names[-1])
 
     def look() -> list[bytes]:
-        # The handler checks and counts; its answer is a copy, and the store's bytes are not.
-        here = [fleet_handlers.pull_object(one, state).object_available for one in wanted]
-        return [
-            (state.object_store.get(one.object_id) or b"") if there else b""
-            for one, there in zip(wanted, here, strict=True)
-        ]
+        # The handler checks whether the run goes on, and answers with a copy: of the smallest part.
+        if not fleet_handlers.pull_object(last, state).object_available:
+            return [b""]
+        return [state.get_object(run, name) or b"" for name in names]
 
     deadline = time.monotonic() + _PARTS_SECONDS
     parts = await run_in_threadpool(look)
     while not all(parts) and time.monotonic() < deadline:
         await asyncio.sleep(_LOOK_SECONDS)
         parts = await run_in_threadpool(look)
+    if all(parts) and len(parts) > 1:
+        state.store_traffic(run, bytes_sent=sum(map(len, parts[:-1])), bytes_recv=0)
     return parts
 
 
@@ -211,20 +208,14 @@ async def send(request: Request) -> Response:
         answer = fleet_handlers.push_messages(pushed, state)
         wanted = set(answer.objects_to_push)
         run = pushed.messages_list[0].metadata.run_id
-        for part in parts:
-            name = get_object_id(part)
-            if name in wanted:
-                asked = PushObjectRequest(
-                    node=pushed.node,
-                    run_id=run,
-                    object_id=name,
-                    object_content=part,
-                    session_id=answer.session_id,
+        tree = iterate_object_tree(pushed.message_object_trees[0])
+        # In the tree's order, each once; the store holds each against its hash.
+        for name, part in zip(dict.fromkeys(one.object_id for one in tree), parts, strict=False):
+            if name in wanted and not _stored(state, run, answer.session_id, name, part):
+                raise FlowerError(
+                    ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED, f"part {name} was not taken"
                 )
-                if not fleet_handlers.push_object(asked, state).stored:
-                    raise FlowerError(
-                        ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED, f"part {name} was not taken"
-                    )
+        state.store_traffic(run, bytes_sent=0, bytes_recv=max(1, sum(map(len, parts))))
         return bytes(answer.SerializeToString())
 
     answer = await run_in_threadpool(store)
@@ -232,6 +223,20 @@ async def send(request: Request) -> Response:
         if message.metadata.run_id in _replies:
             _replies[message.metadata.run_id].set()
     return Response(answer)
+
+
+def _stored(
+    state: Any,  # noqa: ANN401 -- flwr's LinkState
+    run: int,
+    session: str,
+    name: str,
+    part: bytes,
+) -> bool:
+    """Store a part; raise a :class:`FlowerError` for one that is not what it is called."""
+    try:
+        return bool(state.store_object(run, session, name, part))
+    except ValueError as error:
+        raise _malformed(error) from error
 
 
 async def fetch_all(request: Request) -> Response:

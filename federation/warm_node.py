@@ -35,7 +35,6 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
     iterate_object_tree,
-    no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
@@ -52,7 +51,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from atoll.federation.errors import LinkError
 from atoll.federation.exchange import FASTEST_POLL, poll_delay
 from atoll.federation.fleet_client import FleetClient, Lost, Skip
-from atoll.federation.flower import answer
+from atoll.federation.flower import answer, laid_out_once
 
 SLOWEST_POLL: Final = 2.0
 _HEARTBEAT: Final = 10
@@ -227,8 +226,8 @@ class _Session:
 
     def _push(self, reply: Message, seconds: float) -> None:
         """Send a reply with its parts: at once, or where that is not known one by one."""
-        reply.metadata.__dict__["_message_id"] = reply.object_id
-        with no_object_id_recompute():
+        with laid_out_once([reply]):
+            reply.metadata.__dict__["_message_id"] = reply.object_id
             request = PushMessagesRequest(
                 node=self._node,
                 messages_list=[message_to_proto(remove_content_from_message(reply))],

@@ -40,20 +40,20 @@ def to_parts(values: Integers | None, length: int, bound: int) -> list[bytes | m
 
     Raises :class:`Refused` as :func:`atoll.privacy.terms.check` does.
     """
-    width = terms.dtype(bound).itemsize
-    if values is None or values.shape != (length,) or values.dtype != np.int64:
-        return [terms.to_bytes(values, length, bound)]
-    count = int(np.count_nonzero(values))
+    narrow = terms.narrowed(values, length, bound)
+    width, whole = narrow.itemsize, narrow.view(np.uint8).data
+    count = int(np.count_nonzero(narrow))
     # Positions take as many bytes as there are, or an eighth of the length, and one more: this
     # much can be said without writing any.
     if count * width + min(count, length // 8) >= length * width:
-        return [terms.to_bytes(values, length, bound)]
-    places = np.flatnonzero(values)
-    gaps, bitmap = _gaps(places), np.packbits(values != 0, bitorder="little").tobytes()
+        return [whole]
+    some = narrow != 0
+    places = np.flatnonzero(some)
+    gaps, bitmap = _gaps(places), np.packbits(some, bitorder="little").tobytes()
     positions = GAPS + gaps if len(gaps) < len(bitmap) else BITMAP + bitmap
     if len(positions) + count * width >= length * width:
-        return [terms.to_bytes(values, length, bound)]
-    return [positions, terms.to_bytes(values[places], count, bound)]
+        return [whole]
+    return [positions, narrow[places].view(np.uint8).data]
 
 
 def view(parts: Sequence[bytes | memoryview], length: int, bound: int) -> "npt.NDArray[Any]":

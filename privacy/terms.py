@@ -8,7 +8,7 @@ import numpy.typing as npt
 from atoll.privacy.errors import BadParameters, Refused
 from atoll.privacy.sums import Integers, SumSpec
 
-_DTYPES: Final = ("<i1", "<i2", "<i4", "<i8")
+_DTYPES: Final = {np.iinfo(name).max: np.dtype(name) for name in ("<i1", "<i2", "<i4", "<i8")}
 _STRETCH: Final = 1 << 17
 
 
@@ -28,7 +28,15 @@ def check(values: Integers | None, length: int, bound: int) -> Integers:
 def to_bytes(values: Integers | None, length: int, bound: int) -> memoryview:
     """Check values and write them in the narrowest integers that hold them, little-endian.
 
-    Raises :class:`Refused` as :func:`check` does. Each stretch is checked and written while it is
+    Raises :class:`Refused` as :func:`check` does.
+    """
+    return narrowed(values, length, bound).view(np.uint8).data
+
+
+def narrowed(values: Integers | None, length: int, bound: int) -> "npt.NDArray[Any]":
+    """Check values and return them, ``(length,)``, in the narrowest integers that hold them.
+
+    Raises :class:`Refused` as :func:`check` does. Each stretch is checked and copied while it is
     in the processor's cache.
     """
     narrow = np.empty(length, dtype=dtype(bound))
@@ -38,7 +46,7 @@ def to_bytes(values: Integers | None, length: int, bound: int) -> memoryview:
         for start in range(0, length, _STRETCH):
             part = values[start : start + _STRETCH]
             narrow[start : start + _STRETCH] = check(part, part.size, bound)
-    return narrow.view(np.uint8).data
+    return narrow
 
 
 def from_bytes(data: bytes, length: int, bound: int) -> Integers:
@@ -59,9 +67,9 @@ def view(data: bytes | memoryview, length: int, bound: int) -> "npt.NDArray[Any]
 
 def dtype(bound: int) -> "np.dtype[Any]":
     """Return the narrowest integers that hold ``±bound``; raise :class:`BadParameters`."""
-    for name in _DTYPES:
-        if bound <= np.iinfo(name).max:
-            return np.dtype(name)
+    for highest, narrow in _DTYPES.items():
+        if bound <= highest:
+            return narrow
     raise BadParameters(f"values up to {bound} do not fit 64 bits; lower bits")
 
 

@@ -353,19 +353,22 @@ def _round(
 def _attempt(
     values: npt.NDArray[np.floating[Any]], factor: float, rng: Keystream, rounded: Integers
 ) -> float:
-    """Round once; return the square of the norm, exact where it is below 2**53."""
+    """Round once; return the square of the norm, exact where it is below 2**53.
+
+    A value goes up with its fraction's probability, for it does when its fraction and a number
+    uniform in [0, 1) come to one; but for less than 2**-29, by the grain of these numbers.
+    """
     square = 0.0
-    wanted, floor, coins = np.empty((3, min(_BLOCK, values.size)))
+    wanted, coins = np.empty((2, min(_BLOCK, values.size)))
     for start in range(0, values.size, _BLOCK):
         block = values[start : start + _BLOCK]
-        size = block.size
-        some, down = wanted[:size], floor[:size]
+        some, drawn = wanted[: block.size], coins[: block.size]
         np.multiply(block, factor, out=some, dtype=np.float64)
-        np.floor(some, out=down)
-        np.subtract(some, down, out=some)
-        down += np.less(rng.uniform(size), some, out=coins[:size])
-        square += float(down @ down)
-        rounded[start : start + size] = down
+        rng.fill(drawn)
+        np.add(some, drawn, out=some)
+        np.floor(some, out=some)
+        square += float(some @ some)
+        rounded[start : start + block.size] = some
     return square
 
 

@@ -152,8 +152,8 @@ def test_parameters_that_cannot_work_are_refused(change, says):
 
 def test_rounding_that_keeps_failing_the_check_falls_back_to_zero():
     class AlwaysUp(Keystream):
-        def uniform(self, count):
-            return np.zeros(count)  # below every fraction, so every value is rounded up
+        def fill(self, out):
+            out[:] = 1 - 2**-32  # with any fraction it comes to one, so every value goes up
 
     spec = UpdateSpec(1.0, 8, 0.0, 1)
     got = quantise(np.ones(400), spec, AlwaysUp(bytes(32))).values
