@@ -62,7 +62,7 @@ def dtype(bound: int) -> "np.dtype[Any]":
     for name in _DTYPES:
         if bound <= np.iinfo(name).max:
             return np.dtype(name)
-    raise BadParameters(f"values up to {bound} do not fit 64 bits; lower bits")
+    raise BadParameters(f"values up to {bound} do not fit 64 bits; lower privacy.bits")
 
 
 class Answered:
