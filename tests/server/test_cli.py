@@ -269,7 +269,7 @@ def test_a_plan_that_is_not_utf_8_names_the_file_and_the_remedy(atoll, tmp_path,
     plan.write_text('name = "x"  # für alle', encoding="latin-1")
     said = atoll(*(word.format(plan) for word in command))
     assert said.exit_code == 2
-    assert said.stderr.startswith(f"error: {plan} is not UTF-8 (byte 0xfc at 14)")
+    assert said.stderr.startswith(f"error: {plan} is not UTF-8 (byte 0xfc at 15)")
     assert "save it as UTF-8" in said.stderr
 
 
