@@ -117,7 +117,8 @@ def run(row: Row, checkpoint: Path | None, say: Callable[[str], None]) -> float:
 
 
 def _ran(plan: Plan, part: Simulated, folder: Path | None, tell: Callable[[Round], None]) -> Ran:
-    ended, heard = resumable.run(plan, part, None, tell, directory=folder)
+    kept = resumable.opened(folder, plan, part, None)
+    ended, heard = resumable.run(plan, part, None, tell, kept=kept)
     seen = [done.accuracy for done in heard if done.accuracy is not None]
     tested = sum(
         len(held.y) for held in populations.evaluated_on(part.population, evaluation.EVALUATORS)

@@ -78,6 +78,8 @@ class Ended:
     accuracy: float
     engine: Engine
     reason: str
+    beside: int
+    """Bytes that worker processes took at most, what they share with this one left out."""
 
 
 def run(
@@ -185,4 +187,5 @@ def _rounds(
         accuracy(model, shape.whole(state.result), population),
         devices.trainer.engine,
         devices.trainer.reason,
+        crew.peak(),
     )

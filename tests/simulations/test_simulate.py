@@ -22,7 +22,16 @@ from atoll.privacy.errors import BadParameters
 from atoll.privacy.keystream import Keystream
 from atoll.privacy.plain import PlainParty
 from atoll.server.cli import app
-from atoll.simulations import cohorts, digits, learning, populations, simulable, simulate, trainers
+from atoll.simulations import (
+    cohorts,
+    digits,
+    learning,
+    populations,
+    simulable,
+    simulate,
+    simulate_report,
+    trainers,
+)
 from atoll.simulations.populations import DirichletPopulation, Simulated, named
 from atoll.simulations.spar import Spar
 
@@ -427,6 +436,40 @@ def test_the_command_prints_facts_for_programs(file) -> None:
     assert shown.exit_code == 0
     assert f"{facts['accuracy']:.1%}" in shown.stdout
     assert "no noise" in shown.stdout
+    assert "s for all rounds" in shown.stdout
+    assert "worker processes included" in shown.stdout
+
+
+def facts_of(accuracies, result=0.5):
+    """The facts of a simulation whose rounds but the last were evaluated so."""
+    heard = [
+        simulate.Round(number, 2.0, 3, 3, 0.1, None, 1.0, accuracy)
+        for number, accuracy in enumerate(accuracies, 1)
+    ]
+    ended = simulate.Ended(
+        np.zeros(1, np.float32), len(heard), "complete", result, "batched", "", 0
+    )
+    return simulate_report.gather(plan_of(), 9, heard, ended, 1, 7)
+
+
+def test_the_last_rounds_accuracy_is_told_apart_from_the_best_ones() -> None:
+    facts = facts_of([0.3, 0.8, None, None])
+    assert facts["accuracy"] == 0.5
+    assert facts["last_round"] == {"round": 4, "accuracy": 0.5}
+    assert facts["best_round"] == {"round": 2, "accuracy": 0.8}
+    assert [done["accuracy"] for done in facts["history"]] == [0.3, 0.8, None, 0.5]
+    assert simulate_report._best(facts) == "; best after round 2: 80.0%"
+    facts = facts_of([0.3, None])
+    assert facts["last_round"] == facts["best_round"] == {"round": 2, "accuracy": 0.5}
+    assert simulate_report._best(facts) == ""
+    facts = facts_of([])
+    assert (facts["last_round"], facts["best_round"]) == (None, None)
+    assert simulate_report.table(facts).row_count
+
+
+def test_its_seconds_are_those_of_all_rounds() -> None:
+    told = facts_of([None] * 5)["rounds"]
+    assert (told["seconds"], told["per_second"], told["before"]) == (10.0, 0.5, 1)
 
 
 def test_the_command_says_what_is_wrong_with_a_plan(file) -> None:
