@@ -152,10 +152,20 @@ class Checkpoints:
                     counted=msgspec.json.decode(told, type=dict[str, int]),
                     turns=turns,
                 )
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, msgspec.MsgspecError) as error:
+        except (
+            TypeError,  # numpy reads a single array, too
+            ValueError,
+            KeyError,
+            EOFError,
+            zipfile.BadZipFile,
+            msgspec.MsgspecError,
+        ) as error:
             raise BadCheckpoint(
                 f"{self._path} is damaged ({error}); remove it to begin the run again"
             ) from error
         if found.run != run:
-            raise BadCheckpoint(f"{self._path} belongs to run {found.run!r}, not {run!r}")
+            raise BadCheckpoint(
+                f"{self._path} belongs to run {found.run!r}, not {run!r}; give another directory, "
+                "or remove the file to begin this run"
+            )
         return found

@@ -74,7 +74,8 @@ class Layout:
         names = lora.plain_names(model)
         self._plain_names = {name: names[name] for name, _ in self._entries if name in names}
         self._batchnorm = _batchnorm(model)
-        local, named = self._named(layers.local), self._named(layers.trained)
+        local = self._named("local", layers.local)
+        named = self._named("trained", layers.trained)
         adapters = {name for name, _ in self._entries if name not in names}
         partial = bool(layers.trained or adapters)
         trained = named | adapters if partial else {name for name, _ in self._entries}
@@ -82,12 +83,15 @@ class Layout:
         if both:
             raise BadPlan(
                 f"{names[both[0]]!r} belongs to a layer with an adapter, which stays as it is: "
-                "name that in layers.lora_layers or elsewhere in layers, not in both"
+                "name that in layers.lora_layers, or in layers.trained or layers.local, not in both"
             )
         self._travels = self._places(trained - local)
         self._local = self._places(local)
         if not self._travels.any():
-            raise BadPlan("every layer stays on the devices, so there is nothing to add up")
+            raise BadPlan(
+                "layers.local keeps all that is trained on the devices, so there is nothing to "
+                "add up: name fewer layers in it"
+            )
         self._train({*trained, *local})
 
     @property
@@ -142,7 +146,7 @@ class Layout:
 
     def tune(self, patterns: Sequence[str]) -> None:
         """From here on train the entries that ``patterns`` name, and no others."""
-        self._train(self._named(patterns))
+        self._train(self._named("fine_tune", patterns))
 
     def counts(self) -> dict[str, int]:
         """Say how many weights travel, stay on devices, and stay as they were."""
@@ -157,8 +161,8 @@ class Layout:
                 "same version of the task on both"
             )
 
-    def _named(self, patterns: Sequence[str]) -> set[str]:
-        """Return the entries that ``patterns`` name, by their names in the plain model."""
+    def _named(self, field: str, patterns: Sequence[str]) -> set[str]:
+        """Return the entries that a field's ``patterns`` name, as the plain model has them."""
         plains = self._plain_names
         found: set[str] = set()
         for pattern in patterns:
@@ -167,7 +171,7 @@ class Layout:
             else:
                 mine = {name for name, plain in plains.items() if fnmatchcase(plain, pattern)}
             if not mine:
-                raise BadPlan(_nothing(pattern, list(plains.values())))
+                raise BadPlan(_nothing(field, pattern, list(plains.values())))
             found |= mine
         return found
 
@@ -206,7 +210,7 @@ def _adapted(model: "nn.Module", layers: Layers) -> list[str]:
     able = [name for name, layer in model.named_modules() if isinstance(layer, lora.KINDS)]
     for pattern in layers.lora_layers:
         if not any(fnmatchcase(name, pattern) for name in able):
-            raise BadPlan(_nothing(pattern, able))
+            raise BadPlan(_nothing("lora_layers", pattern, able))
     return [name for name in able if any(fnmatchcase(name, p) for p in layers.lora_layers)]
 
 
@@ -222,6 +226,6 @@ def _batchnorm(model: "nn.Module") -> set[str]:
     }
 
 
-def _nothing(pattern: str, names: Sequence[str]) -> str:
+def _nothing(field: str, pattern: str, names: Sequence[str]) -> str:
     some = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
-    return f"layers: {pattern!r} names nothing of this model; there are {some or 'none'}"
+    return f"layers.{field}: {pattern!r} names nothing of this model; there are {some or 'none'}"

@@ -59,7 +59,10 @@ def adapt(model: nn.Module, layers: Iterable[str], rank: int, alpha: float, seed
         for name in layers:
             layer = model.get_submodule(name)
             if not name or not isinstance(layer, KINDS) or getattr(layer, "groups", 1) != 1:
-                raise BadPlan(f"layer {name!r} cannot have an adapter: see atoll.federation.lora")
+                raise BadPlan(
+                    f"layers.lora_layers: layer {name!r} cannot have an adapter; name a linear "
+                    "layer in it, or a convolution without groups"
+                )
             full = min(layer.weight.shape[0], layer.weight[0].numel())
             if rank >= full:
                 raise BadPlan(

@@ -109,20 +109,20 @@ def check_population(plan: Plan, trainers: int) -> None:
     if plan.asynchrony is not None and plan.asynchrony.buffer > trainers:
         raise BadParameters(
             f"asynchrony.buffer = {plan.asynchrony.buffer} is more than the {trainers} devices "
-            "that train, and each is in a buffer once: lower buffer"
+            "that train, and each is in a buffer once: lower asynchrony.buffer"
         )
     enough = plan.cohort.enough
     most = parties(plan, trainers)
     if plan.privacy.mode == "secagg" and enough is not None and 2 * enough <= most:
         raise BadParameters(
             f"cohort.enough = {enough} of {most} devices: masked sums are opened by more than "
-            f"half of those who are in them; raise enough to {most // 2 + 1}"
+            f"half of those who are in them; raise cohort.enough to {most // 2 + 1}"
         )
     if rate is not None and rate * trainers < plan.cohort.min_devices:
         raise BadParameters(
             f"cohort.sampling_rate = {rate:g} draws {rate * trainers:.3g} of {trainers} trainers "
-            f"on average and a round needs {plan.cohort.min_devices}: most would be thrown away; "
-            "raise sampling_rate or lower min_devices"
+            f"on average and cohort.min_devices = {plan.cohort.min_devices}: most rounds would be "
+            "thrown away; raise cohort.sampling_rate or lower cohort.min_devices"
         )
 
 

@@ -79,11 +79,14 @@ def check_parties(mode: str, update: UpdateSpec, parties: int) -> None:
     """Raise :class:`BadParameters` for sums that could not work whatever the model's size."""
     if not update.survivors <= parties:
         raise BadParameters(
-            f"{update.survivors} survivors are needed and the cohort has {parties} devices"
+            f"cohort.min_devices = {update.survivors} and the cohort has {parties} devices: "
+            "lower it, or have more devices"
         )
     # The hub's noise goes on the sum, so it needs room once, whatever the cohort.
     if parties * update.bound + update.tail >= 2**63:
-        raise BadParameters("the sum does not fit 64 bits; lower bits or noise_multiplier")
+        raise BadParameters(
+            "the sum does not fit 64 bits; lower privacy.bits or privacy.noise_multiplier"
+        )
     if _known(mode) == "plain":
         return
     if update.survivors < 2:
@@ -102,4 +105,4 @@ def _known(mode: str) -> Mode:
     for known in MODES:
         if mode == known:
             return known
-    raise BadParameters(f"unknown privacy mode {mode!r}; use one of {', '.join(MODES)}")
+    raise BadParameters(f"there is no privacy.mode = {mode!r}; use one of {', '.join(MODES)}")

@@ -34,7 +34,8 @@ class Layout:
         if per_slot == 0:
             raise BadParameters(
                 f"a sum of {spec.parties} values up to {spec.bound} is wider than the "
-                f"{plain_bits} bits of a slot; lower bits or noise_multiplier"
+                f"{plain_bits} bits of a slot; lower privacy.bits or "
+                "privacy.noise_multiplier"
             )
         return cls(spec.length, radix, per_slot, modulus)
 

@@ -50,7 +50,7 @@ class Ring:
         if not fits:
             raise BadParameters(
                 f"a sum of {spec.parties} values up to {spec.bound} does not fit 64 bits; "
-                "lower bits or noise_multiplier"
+                "lower privacy.bits or privacy.noise_multiplier"
             )
         _, size, count = min(fits)
         return cls(spec.length, radix, count, size)

@@ -70,7 +70,7 @@ def dtype(bound: int) -> "np.dtype[Any]":
     for highest, narrow in _DTYPES.items():
         if bound <= highest:
             return narrow
-    raise BadParameters(f"values up to {bound} do not fit 64 bits; lower bits")
+    raise BadParameters(f"values up to {bound} do not fit 64 bits; lower privacy.bits")
 
 
 class Answered:

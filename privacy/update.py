@@ -82,18 +82,19 @@ class UpdateSpec:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
-            raise BadParameters(f"clip_norm {self.clip_norm} must be positive and finite")
+            raise BadParameters(f"privacy.clip_norm = {self.clip_norm} must be positive and finite")
         if not MIN_BITS <= self.bits <= MAX_BITS:
-            raise BadParameters(f"bits {self.bits} must be {MIN_BITS} to {MAX_BITS}")
+            raise BadParameters(f"privacy.bits = {self.bits} must be {MIN_BITS} to {MAX_BITS}")
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
             raise BadParameters(
-                f"noise_multiplier {self.noise_multiplier} must be zero or positive, and finite"
+                f"privacy.noise_multiplier = {self.noise_multiplier} must be zero or positive, "
+                "and finite"
             )
         if self.survivors < 1:
             raise BadParameters(f"survivors {self.survivors} must be at least 1")
         if not 0 <= self.colluders < self.survivors:
             raise BadParameters(
-                f"colluders {self.colluders} must be 0 or more and fewer than the "
+                f"privacy.colluders = {self.colluders} must be 0 or more and fewer than the "
                 f"{self.survivors} devices that a sum has at least: somebody has to add noise"
             )
         if self.riders < 0:
@@ -106,18 +107,18 @@ class UpdateSpec:
         ratio = self.rider_noise_multiplier
         if not (math.isfinite(ratio) and ratio >= 0):
             raise BadParameters(
-                f"rider_noise_multiplier {ratio} must be zero or positive, and finite"
+                f"privacy.rider_noise_multiplier = {ratio} must be zero or positive, and finite"
             )
         if self.riders and bool(ratio) != bool(self.noise_multiplier):
             raise BadParameters(
-                f"rider_noise_multiplier {ratio:g} and noise_multiplier "
+                f"privacy.rider_noise_multiplier = {ratio:g} and privacy.noise_multiplier = "
                 f"{self.noise_multiplier:g} must be both zero or both positive: they protect "
                 "one release"
             )
         if self.riders and self.rider_steps < 1:
             raise BadParameters(
-                f"rider_noise_multiplier {ratio:g} leaves riders no step of their own; lower it "
-                f"or raise bits (now {self.bits})"
+                f"privacy.rider_noise_multiplier = {ratio:g} leaves riders no step of their own; "
+                f"lower it or raise privacy.bits (now {self.bits})"
             )
 
     def _check_drawn(self, sigma: float) -> None:
@@ -126,13 +127,13 @@ class UpdateSpec:
         if sigma < MIN_SHARE_SIGMA:
             raise BadParameters(
                 f"noise of σ = {sigma:.2g} integer steps a draw is too coarse to "
-                f"add up to a Gaussian; raise bits (now {self.bits}) until it is "
+                f"add up to a Gaussian; raise privacy.bits (now {self.bits}) until it is "
                 f"{MIN_SHARE_SIGMA:g} or more"
             )
         if sigma > noise.MAX_SIGMA:
             raise BadParameters(
                 f"noise of σ = {sigma:.2g} integer steps a draw cannot be drawn; "
-                "lower noise_multiplier or bits"
+                "lower privacy.noise_multiplier or privacy.bits"
             )
 
     @property
@@ -215,8 +216,8 @@ class UpdateSpec:
         room = math.sqrt(square) - 0.5 if square > 0 else 0.0
         if room < self.sensitivity / 2:
             raise BadParameters(
-                f"{self.bits} bits are too few for {length} values: rounding alone would fill "
-                "the clipping norm; raise bits"
+                f"privacy.bits = {self.bits} are too few for {length} values: rounding alone "
+                "would fill the clipping norm; raise privacy.bits"
             )
         return room
 

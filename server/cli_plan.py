@@ -222,7 +222,7 @@ def _read(file: Path) -> str:
 
     try:
         plan_rules.check(plans.load(file))
-        return file.read_text(encoding="utf-8")
+        return plans.read(file)
     except (BadPlan, BadInput) as error:
         raise Misuse(str(error)) from error
 

@@ -79,7 +79,7 @@ def fresh(root: Path) -> None:
 
 def plan_text(mode: Mode) -> str:
     """Return the demo's plan with its sums in ``mode``."""
-    return re.sub(r'(?m)^mode = ".*"$', f'mode = "{mode}"', PLAN.read_text())
+    return re.sub(r'(?m)^mode = ".*"$', f'mode = "{mode}"', plans.read(PLAN))
 
 
 def deal_and_enrol(fleet: LocalFleet, mode: Mode, say: Say) -> None:

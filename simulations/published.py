@@ -30,7 +30,7 @@ import torch
 from atoll.federation import plan as plans
 from atoll.federation.errors import FederationError
 from atoll.federation.plan import Plan
-from atoll.simulations import populations, resumable, simulate, spar_folds
+from atoll.simulations import evaluation, populations, resumable, spar_folds
 from atoll.simulations.populations import Simulated
 from atoll.simulations.simulate import Round
 from atoll.simulations.simulate_report import line
@@ -117,10 +117,11 @@ def run(row: Row, checkpoint: Path | None, say: Callable[[str], None]) -> float:
 
 
 def _ran(plan: Plan, part: Simulated, folder: Path | None, tell: Callable[[Round], None]) -> Ran:
-    ended, heard = resumable.run(plan, part, None, tell, directory=folder)
+    kept = resumable.opened(folder, plan, part, None)
+    ended, heard = resumable.run(plan, part, None, tell, kept=kept)
     seen = [done.accuracy for done in heard if done.accuracy is not None]
     tested = sum(
-        len(held.y) for held in populations.evaluated_on(part.population, simulate.EVALUATORS)
+        len(held.y) for held in populations.evaluated_on(part.population, evaluation.EVALUATORS)
     )
     return Ran((*seen, ended.accuracy), tested)
 

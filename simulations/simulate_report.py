@@ -1,9 +1,7 @@
 """What ``atoll simulate`` shows: rounds as they go, and a table or JSON at the end."""
 
 import json
-import resource
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +16,7 @@ from rich.table import Table
 
 from atoll.federation import plan as plans
 from atoll.federation.plan import Plan
-from atoll.simulations import populations, resumable, workers
+from atoll.simulations import memory, populations, resumable, workers
 from atoll.simulations.simulate import Ended, Round
 
 OnRound = Callable[[Round], None]
@@ -67,6 +65,7 @@ def facts_of(
     """Simulate and return the facts; see :func:`main`.
 
     ``checkpoint`` is a directory in which the simulation is kept and from which it goes on.
+    Raises :class:`atoll.federation.errors.BadCheckpoint` for a directory of anything else.
     """
     plan = plans.load(file)
     plan = msgspec.structs.replace(
@@ -75,12 +74,13 @@ def facts_of(
         seed=plan.seed if seed is None else seed,
     )
     simulated = populations.named(plan.task, devices, plan.seed)
-    began = time.perf_counter()
-    with _progress(plan.rounds, Console(stderr=True)) as show, _threads(1):
+    kept = resumable.opened(checkpoint, plan, simulated, cohort)
+    before = len(kept.rounds) if kept else 0
+    with _progress(plan.rounds, before, Console(stderr=True)) as show, _threads(1):
         ended, heard = resumable.run(
-            plan, simulated, cohort, show, directory=checkpoint, workers=threads or workers.cores()
+            plan, simulated, cohort, show, kept=kept, workers=threads or workers.cores()
         )
-    return gather(plan, devices, heard, ended, time.perf_counter() - began, peak_memory())
+    return gather(plan, devices, heard, ended, before, memory.peak() + ended.beside)
 
 
 def gather(
@@ -88,11 +88,20 @@ def gather(
     devices: int,
     heard: Sequence[Round],
     ended: Ended,
-    seconds: float,
+    before: int,
     peak: int,
 ) -> dict[str, Any]:
-    """Return the facts of a simulation, JSON-able; ``seconds`` of all and ``peak`` in bytes."""
-    training = sum(done.seconds for done in heard)
+    """Return the facts of a simulation, JSON-able; ``peak`` in bytes.
+
+    ``accuracy`` is that of the result, which is that after the last round. ``seconds`` are those of
+    all rounds, without evaluations; ``before`` of the rounds were done by earlier commands.
+    """
+    seconds = sum(done.seconds for done in heard)
+    history = [asdict(done) for done in heard]
+    if history:
+        history[-1]["accuracy"] = ended.accuracy
+    looked = [done for done in history if done["accuracy"] is not None]
+    best = max(looked, key=lambda done: done["accuracy"], default=None)
     return {
         "plan": plan.name,
         "task": plan.task,
@@ -105,19 +114,26 @@ def gather(
             "planned": plan.rounds,
             "done": len(heard),
             "trained": ended.rounds,
-            "per_second": len(heard) / training if training else None,
+            "before": before,
+            "per_second": len(heard) / seconds if seconds else None,
             "seconds": seconds,
             "mean_cohort": sum(done.drawn for done in heard) / max(len(heard), 1),
         },
         "accuracy": ended.accuracy,
+        "last_round": _looked_at(history[-1] if history else None),
+        "best_round": _looked_at(best),
         "privacy": {
             "epsilon": heard[-1].epsilon if heard else None,
             "delta": plan.privacy.delta,
             "noise_multiplier": plan.privacy.noise_multiplier,
         },
         "peak_memory": peak,
-        "history": [asdict(done) for done in heard],
+        "history": history,
     }
+
+
+def _looked_at(done: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return {name: done[name] for name in ("round", "accuracy")} if done else None
 
 
 def table(facts: Mapping[str, Any]) -> Table:
@@ -129,8 +145,9 @@ def table(facts: Mapping[str, Any]) -> Table:
     shown.add_column()
     shown.add_column()
     how = facts["engine"] + (f": {facts['reason']}" if facts["reason"] else "")
+    of_all = "all rounds" + (f", {rounds['before']} of them earlier" if rounds["before"] else "")
     rows = {
-        "accuracy": f"{facts['accuracy']:.1%} of examples that devices held back",
+        "accuracy": f"{facts['accuracy']:.1%} of examples that devices held back" + _best(facts),
         "ε": "not bounded: no noise"
         if epsilon is None
         else f"{epsilon:.3g} at δ = {facts['privacy']['delta']:g}",
@@ -139,13 +156,21 @@ def table(facts: Mapping[str, Any]) -> Table:
         "cohort": f"{rounds['mean_cohort']:,.4g} devices on average",
         "speed": "–"
         if rounds["per_second"] is None
-        else f"{rounds['per_second']:.3g} rounds/s, {rounds['seconds']:.1f} s in all",
+        else f"{rounds['per_second']:.3g} rounds/s, {rounds['seconds']:.1f} s for {of_all}",
         "training": how,
-        "peak memory": f"{facts['peak_memory'] / 1e6:,.0f} MB",
+        "peak memory": f"{facts['peak_memory'] / 1e6:,.0f} MB, worker processes included",
     }
     for name, value in rows.items():
         shown.add_row(name, value)
     return shown
+
+
+def _best(facts: Mapping[str, Any]) -> str:
+    """Say which round was better than the last one, if any was."""
+    best, last = facts["best_round"], facts["last_round"]
+    if best is None or best["accuracy"] <= last["accuracy"]:
+        return ""
+    return f"; best after round {best['round']}: {best['accuracy']:.1%}"
 
 
 def line(done: Round) -> str:
@@ -160,12 +185,6 @@ def line(done: Round) -> str:
     return "  ".join(words)
 
 
-def peak_memory() -> int:
-    """Return the most bytes that this process has occupied."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB
-
-
 @contextmanager
 def _threads(wanted: int) -> Iterator[None]:
     """Let torch use so many threads."""
@@ -178,9 +197,14 @@ def _threads(wanted: int) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(total: int, console: Console) -> Iterator[OnRound]:
-    """Show rounds with a bar on a terminal, otherwise a line for each evaluation."""
+def _progress(total: int, before: int, console: Console) -> Iterator[OnRound]:
+    """Show rounds with a bar on a terminal, otherwise a line for each evaluation.
+
+    ``before`` of the rounds are done already.
+    """
     if not console.is_terminal:
+        if 0 < before < total:
+            console.print(f"going on after round {before}/{total}", highlight=False)
 
         def tell(done: Round) -> None:
             if done.accuracy is not None:
@@ -196,7 +220,7 @@ def _progress(total: int, console: Console) -> Iterator[OnRound]:
         TimeRemainingColumn(),
         console=console,
     ) as progress:
-        task = progress.add_task("", total=total)
+        task = progress.add_task("", total=total, completed=before)
         last = ""
 
         def show(done: Round) -> None:

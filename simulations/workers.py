@@ -33,6 +33,7 @@ import torch
 
 from atoll.federation.errors import RoundFailed
 from atoll.privacy.sums import Integers
+from atoll.simulations import memory
 
 Order = TypeVar("Order")
 Said = TypeVar("Said")
@@ -82,6 +83,15 @@ class Workers(Generic[Order, Said]):
         for line in self._lines:
             line.close()
         self._processes, self._lines, self._sums = [], [], []
+
+    def peak(self) -> int:
+        """Return the bytes that the processes took at most besides what they share with this one.
+
+        Each one's own peak (:func:`atoll.simulations.memory.own_peak`), added up as if they had
+        come at one time. 0 when this process does it all.
+        """
+        pids = (process.pid for process in self._processes)
+        return sum(memory.own_peak(pid) for pid in pids if pid is not None)
 
     def sum(self, order: Order, parts: Iterable[Sequence[int]]) -> tuple[Integers, list[Said]]:
         """Return the sum over all ``parts``, and what ``work`` said of each, in their order.

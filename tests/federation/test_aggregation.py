@@ -46,7 +46,7 @@ def test_a_plan_that_names_no_rule_takes_the_mean() -> None:
     [
         (text_of('rule = "krum", byzantine = 2', 'mode = "secagg"'), "the hub sees none"),
         (text_of('rule = "median", byzantine = 2', 'mode = "he"'), "the hub sees none"),
-        (text_of('rule = "krum", byzantine = 2', ""), 'in mode "secagg" the hub sees none'),
+        (text_of('rule = "krum", byzantine = 2', ""), 'privacy.mode = "secagg" the hub sees none'),
         (
             text_of('rule = "median", byzantine = 2', 'mode = "plain", noise_multiplier = 1.0'),
             "calibrated for a mean",
@@ -60,22 +60,22 @@ def test_a_plan_that_names_no_rule_takes_the_mean() -> None:
         ),
         (
             text_of('rule = "bulyan", byzantine = 2', 'mode = "plain", clip = "adaptive"'),
-            'clip = "fixed"',
+            'leave privacy.clip = "adaptive" out',
         ),
         (
             text_of(
                 'rule = "krum", byzantine = 2', training='weighting = "capped", weight_cap = 9'
             ),
-            'weighting = "equal"',
+            'leave training.weighting = "capped" out',
         ),
-        (text_of('rule = "krum", byzantine = 2', training="step_cap = 9"), "step_cap out"),
+        (text_of('rule = "krum", byzantine = 2', training="step_cap = 9"), "training.step_cap out"),
         (text_of('rule = "krum"'), "has to know how many"),
         (text_of('rule = "mean", byzantine = 1'), "withstands no lying device"),
         (text_of('rule = "geometric"'), "geometric"),
         (text_of('rule = "krum", byzantine = -1'), "byzantine"),
-        (text_of('rule = "krum", byzantine = 1, trim = 0.2'), "trim belongs to"),
+        (text_of('rule = "krum", byzantine = 1, trim = 0.2'), "aggregation.trim belongs to"),
         (text_of('rule = "trimmed-mean", byzantine = 1, trim = 0.5'), "trim"),
-        (text_of('rule = "trimmed-mean", byzantine = 3, trim = 0.2'), "raise trim"),
+        (text_of('rule = "trimmed-mean", byzantine = 3, trim = 0.2'), "raise aggregation.trim"),
     ],
 )
 def test_what_a_rule_does_not_go_with_is_refused(text: str, says: str) -> None:

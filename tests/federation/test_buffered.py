@@ -469,7 +469,7 @@ ASYNC = "[asynchrony]\nbuffer = 3\nconcurrency = 4\n"
     [
         ('[privacy]\nmode = "secagg"', "known before"),
         ('[privacy]\nmode = "he"', "known before"),
-        ('[privacy]\nmode = "plain"\nnoise_multiplier = 1.0', 'use noise = "central"'),
+        ('[privacy]\nmode = "plain"\nnoise_multiplier = 1.0', 'use privacy.noise = "central"'),
         ('[privacy]\nmode = "plain"\nclip = "adaptive"', "is for rounds"),
         ('[privacy]\nmode = "plain"\n[training]\ncontrol_steps = 3', "control_steps is for rounds"),
         ('[privacy]\nmode = "plain"\n[cohort]\nsize = 3', "cohort.size is for rounds"),
@@ -489,7 +489,7 @@ def test_a_plan_refuses_what_is_for_rounds(fields: str, says: str) -> None:
 
 
 def test_a_buffer_that_the_trainers_cannot_fill_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadParameters, match="lower buffer"):
+    with pytest.raises(BadParameters, match=r"lower asynchrony\.buffer"):
         paced(tmp_path, [1.0] * 3).run(asynchronous(1, 4, 4))
 
 

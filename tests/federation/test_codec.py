@@ -204,12 +204,15 @@ def test_an_update_that_diverged_where_it_is_not_sent_is_refused(bad: float) -> 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('[codec]\nkind = "top-k"', "share belongs"),
-        ("[codec]\nshare = 0.5", "share belongs"),
+        ('[codec]\nkind = "top-k"', "codec.share belongs"),
+        ("[codec]\nshare = 0.5", "codec.share belongs"),
         ('[codec]\nkind = "top-k"\nshare = 0', "share"),
         ('[codec]\nkind = "random"\nshare = 0.5', "kind"),
         ("[codec]\nerror_feedback = true", "nothing is left out"),
-        ('[codec]\nkind = "top-k"\nshare = 0.5', 'in mode "secagg"'),
+        (
+            '[codec]\nkind = "top-k"\nshare = 0.5',
+            'codec.kind = "top-k" with privacy.mode = "secagg"',
+        ),
         (
             '[codec]\nkind = "top-k"\nshare = 0.5\n[privacy]\nmode = "plain"\nnoise_multiplier = 1',
             "falls on every coordinate",

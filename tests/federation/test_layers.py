@@ -139,10 +139,10 @@ def test_all_weights_are_their_parts(layers: Layers) -> None:
 @pytest.mark.parametrize(
     ("layers", "says"),
     [
-        (Layers(local=("tail.*",)), "'tail.*' names nothing"),
-        (Layers(trained=("3.weights",)), "names nothing"),
-        (Layers(local=("*",)), "every layer stays"),
-        (Layers(lora_layers=("1",), lora_rank=1), "there are 0, 3"),
+        (Layers(local=("tail.*",)), "layers.local: 'tail.*' names nothing"),
+        (Layers(trained=("3.weights",)), "layers.trained: '3.weights' names nothing"),
+        (Layers(local=("*",)), "keeps all that is trained"),
+        (Layers(lora_layers=("1",), lora_rank=1), "layers.lora_layers: .* there are 0, 3"),
         (Layers(lora_layers=("0",), lora_rank=2), "not below the rank"),
         (Layers(lora_layers=("0",), lora_rank=1, trained=("0.bias",)), "not in both"),
     ],

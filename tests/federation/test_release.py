@@ -63,14 +63,16 @@ def test_a_delta_that_gives_a_device_away_is_refused() -> None:
 
 def test_a_rate_that_hardly_ever_draws_enough_is_refused() -> None:
     release.check_population(sampled(rate=0.05, least=50), 1000)
-    with pytest.raises(BadParameters, match="raise sampling_rate or lower min_devices"):
+    with pytest.raises(
+        BadParameters, match=r"raise cohort\.sampling_rate or lower cohort\.min_devices"
+    ):
         release.check_population(sampled(rate=0.049, least=50), 1000)
 
 
 @pytest.mark.parametrize(
     ("privacy", "says"),
     [
-        ({"bits": 4, "noise_multiplier": 0.3}, "raise bits"),
+        ({"bits": 4, "noise_multiplier": 0.3}, "raise privacy.bits"),
         ({"noise_multiplier": 1.0, "clip": "adaptive", "rider_noise_multiplier": 1e9}, "no step"),
     ],
 )

@@ -55,7 +55,7 @@ def test_a_round_ends_with_enough_contributions(tmp_path: Path, mode: str) -> No
 
 def test_masked_sums_that_half_of_the_cohort_could_not_open_are_refused(tmp_path: Path) -> None:
     asked = varied(plan_of("secagg"), cohort={"enough": 2})
-    with pytest.raises(BadParameters, match="raise enough to 3"):
+    with pytest.raises(BadParameters, match=r"raise cohort\.enough to 3"):
         fleet(tmp_path, 4).run(asked)
 
 
@@ -80,7 +80,10 @@ def test_a_device_asked_anew_forgets_what_nobody_waits_for(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ("enough = 1\nmin_devices = 2", "enough = 1 ends a round below min_devices = 2"),
+        (
+            "enough = 1\nmin_devices = 2",
+            "cohort.enough = 1 ends a round below cohort.min_devices = 2",
+        ),
         ("enough = 2\nsampling_rate = 0.5", "leave one of them out"),
         ("enough = 0", "enough"),
     ],

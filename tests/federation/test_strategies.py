@@ -313,7 +313,10 @@ steps = 5
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ("server_beta2 = 0.9", "server_beta2 belongs to fedadam and fedyogi; fedavg keeps"),
+        (
+            "server_beta2 = 0.9",
+            "training.server_beta2 belongs to fedadam and fedyogi; fedavg keeps",
+        ),
         ('strategy = "fedadagrad"\nserver_beta2 = 0.9', "fedadagrad keeps no moving"),
         ("server_tau = 0.1", "fedavg adapts nothing"),
         ("learning_rate = 1.0\nproximal = 3.8", "pulls past where it pulls to"),

@@ -118,7 +118,7 @@ def test_room_solves_the_equation_it_says_it_does():
 
 
 def test_too_few_bits_for_the_length_are_refused():
-    with pytest.raises(BadParameters, match="raise bits"):
+    with pytest.raises(BadParameters, match=r"raise privacy\.bits"):
         encode(np.ones(100_000), UpdateSpec(1.0, 8, 0.0, 1), stream())
 
 
@@ -132,8 +132,8 @@ def test_too_few_bits_for_the_length_are_refused():
         ({"noise_multiplier": -1.0}, "noise_multiplier"),
         ({"noise_multiplier": math.nan}, "noise_multiplier"),
         ({"survivors": 0}, "survivors"),
-        ({"bits": 4, "noise_multiplier": 0.5}, "raise bits"),
-        ({"bits": 24, "noise_multiplier": 1e6}, "lower noise_multiplier"),
+        ({"bits": 4, "noise_multiplier": 0.5}, "raise privacy.bits"),
+        ({"bits": 24, "noise_multiplier": 1e6}, "lower privacy.noise_multiplier"),
         ({"colluders": 4}, "somebody has to add noise"),
         ({"colluders": -1}, "colluders"),
         ({"riders": -1}, "riders"),

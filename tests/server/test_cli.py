@@ -255,6 +255,24 @@ def test_a_bad_plan_names_the_field_at_fault(atoll, tmp_path, text, complaint):
     assert complaint in said.stderr
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["plan", "run", "{}"],
+        ["plan", "run", "{}", "--engine", "local", "--devices", "3"],
+        ["simulate", "{}", "--devices", "3"],
+    ],
+    ids=["fleet", "local", "simulate"],
+)
+def test_a_plan_that_is_not_utf_8_names_the_file_and_the_remedy(atoll, tmp_path, command):
+    plan = tmp_path / "plan.toml"
+    plan.write_text('name = "x"  # für alle', encoding="latin-1")
+    said = atoll(*(word.format(plan) for word in command))
+    assert said.exit_code == 2
+    assert said.stderr.startswith(f"error: {plan} is not UTF-8 (byte 0xfc at 15)")
+    assert "save it as UTF-8" in said.stderr
+
+
 def test_the_main_program_prints_no_traceback(tmp_path):
     done = subprocess.run(
         [*PROGRAM, "device", "list", "--data", str(tmp_path / "none")],

@@ -379,9 +379,9 @@ def test_a_plan_for_a_task_that_is_not_installed_is_refused(store: Store) -> Non
     ("section", "says"),
     [
         ("[privacy]\nnoise_multiplier = 1.0\ndelta = 0.5\n", "one of 2 devices away"),
-        ("[privacy]\nnoise_multiplier = 0.1\nbits = 4\n", "raise bits"),
-        ("[privacy]\ncolluders = 2\n", "raise min_devices"),
-        ("[cohort]\nsampling_rate = 0.5\n", "raise sampling_rate"),
+        ("[privacy]\nnoise_multiplier = 0.1\nbits = 4\n", "raise privacy.bits"),
+        ("[privacy]\ncolluders = 2\n", "raise cohort.min_devices"),
+        ("[cohort]\nsampling_rate = 0.5\n", "raise cohort.sampling_rate"),
     ],
 )
 def test_a_plan_that_promises_nothing_is_refused_when_it_is_proposed(

@@ -9,7 +9,15 @@ import torch
 
 from atoll.federation import parameters, strategies, training
 from atoll.federation import plan as plans
-from atoll.simulations import fashion, partition, populations, published, simulate
+from atoll.simulations import (
+    fashion,
+    learning,
+    partition,
+    populations,
+    published,
+    simulable,
+    simulate,
+)
 from atoll.simulations.populations import Simulated
 from atoll.simulations.published import Ran
 from benchmarks.results import document
@@ -72,7 +80,7 @@ def test_the_table_is_the_published_one() -> None:
 @pytest.mark.parametrize("row", NIID, ids=lambda row: row.name)
 def test_the_plans_are_the_published_setting_and_weigh_by_examples(row) -> None:
     plan = plans.load(row.plan)
-    simulate.check(plan, published.DEVICES, None, 44_426)
+    simulable.check(plan, published.DEVICES, None, 44_426)
     how = plan.training
     setting = (plan.rounds, how.local_epochs, how.batch_size, how.learning_rate, how.momentum)
     assert setting == (50, 10, 64, 0.01, 0.9)
@@ -152,7 +160,7 @@ def test_weights_are_those_of_examples_and_nothing_is_clipped() -> None:
         start = parameters.flatten(task.model(plan.seed))
         changes, steps, sizes = [], [], np.array([len(one.y) for one in held])
         for device, one in enumerate(held):
-            seed = training.local_seed(plan.seed, simulate.RUN, 1, simulate.name_of(device))
+            seed = training.local_seed(plan.seed, simulate.RUN, 1, learning.name_of(device))
             trained = training.train(task.model(0), start, one, plan.training, seed)
             changes.append(trained.weights.astype(np.float64) - start)
             taken = training.local_steps(len(one.y), plan.training)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from atoll.federation import client_app, layout, parameters, rounds, training
+from atoll.federation import batched, client_app, layout, parameters, rounds, training
 from atoll.federation import plan as plans
 from atoll.federation.engine import InProcessGrid
 from atoll.federation.errors import BadPlan, RoundFailed
@@ -22,7 +22,16 @@ from atoll.privacy.errors import BadParameters
 from atoll.privacy.keystream import Keystream
 from atoll.privacy.plain import PlainParty
 from atoll.server.cli import app
-from atoll.simulations import digits, populations, simulate
+from atoll.simulations import (
+    cohorts,
+    digits,
+    learning,
+    populations,
+    simulable,
+    simulate,
+    simulate_report,
+    trainers,
+)
 from atoll.simulations.populations import DirichletPopulation, Simulated, named
 from atoll.simulations.spar import Spar
 
@@ -76,7 +85,7 @@ def through_the_engine(plan, population, folder: Path):
     """The same plan over real ClientApps that load the same examples from files."""
     apps, members = {}, {}
     for device in range(population.size):
-        name = simulate.name_of(device)
+        name = learning.name_of(device)
         held = folder / name
         held.mkdir()
         examples = population.examples(device, "train")
@@ -154,13 +163,13 @@ class Dropping(digits.Digits):
 )
 def test_a_model_that_gains_nothing_or_cannot_be_mapped_trains_one_by_one(task, reason) -> None:
     plan = plan_of(training={"batch_size": 16})
-    trainer = simulate.trainer_of(task, plan)
+    trainer = trainers.trainer_of(task, plan)
     assert trainer.engine == "one by one"
     assert reason in trainer.reason
     shape = (8, *task.input_shape)
     examples = Examples(np.ones(shape, np.float32), np.zeros(8, np.int64))
     weights = parameters.flatten(task.model(0))
-    (mine,) = trainer.train(weights, [simulate.Client(examples, 5)])
+    (mine,) = trainer.train(weights, [batched.Client(examples, 5)])
     own = training.train(task.model(0), weights, examples, plan.training, 5)
     assert np.array_equal(mine.weights, own.weights)
 
@@ -197,10 +206,10 @@ def test_a_poisson_cohort_is_drawn_and_charged_as_the_plan_says() -> None:
 def test_a_fixed_cohort_is_secret_only_under_central_noise() -> None:
     for where, sampling in (("central", FixedSample(10, 500)), ("distributed", None)):
         plan = plan_of(privacy={"noise_multiplier": 0.7, "noise": where})
-        assert simulate.cost(plan, 500, 10) == Gaussian(0.7, sampling)
-        assert simulate.cost(plan, 500, None) == Gaussian(0.7)
-        assert simulate.cost(plan, 500, 500) == Gaussian(0.7)
-    assert simulate.cost(plan_of(), 500, 10) == Unnoised()
+        assert cohorts.cost(plan, 500, 10) == Gaussian(0.7, sampling)
+        assert cohorts.cost(plan, 500, None) == Gaussian(0.7)
+        assert cohorts.cost(plan, 500, 500) == Gaussian(0.7)
+    assert cohorts.cost(plan_of(), 500, 10) == Unnoised()
 
 
 def test_a_draw_below_the_minimum_is_thrown_away_and_charged() -> None:
@@ -229,8 +238,8 @@ def test_control_variates_are_kept_of_those_that_took_part() -> None:
     task, population = named("digits", 50, plan.seed)
     model = task.model(plan.seed)
     weights, entropy = parameters.flatten(model), Keystream.replayable(1)
-    trainer, trained = simulate.trainer_of(task, plan), parameters.mask(model)
-    devices = simulate._Devices(plan, population, None, trainer, "run", trained)
+    trainer, trained = trainers.trainer_of(task, plan), parameters.mask(model)
+    devices = learning.Devices(plan, population, None, trainer, "run", trained)
     shared = np.zeros(0, np.float32)
     for number, drawn in enumerate([[3, 8, 20], [8, 41]], start=1):
         heard = devices.learn(number, weights, 5.0, drawn, entropy, shared)
@@ -260,7 +269,14 @@ def test_devices_that_diverge_are_dropped_and_end_the_run_in_time() -> None:
 @pytest.mark.parametrize(
     ("changes", "devices", "cohort", "error"),
     [
-        ({"cohort": {"sampling_rate": 0.5}}, 10, 5, "sampling_rate"),
+        ({"cohort": {"sampling_rate": 0.5}}, 10, 5, r"cohort\.sampling_rate"),
+        ({"cohort": {"size": 4}}, 10, None, r"cohort\.size cannot be simulated"),
+        (
+            {"cohort": {"min_devices": 3}, "aggregation": plans.Aggregation("median", 1)},
+            10,
+            None,
+            r"\[aggregation\] cannot be simulated",
+        ),
         ({}, 10, 11, "at most"),
         ({}, 10, 1, "min_devices"),
         ({"privacy": {"noise_multiplier": 1.0}}, 100_000, 10, "delta"),
@@ -268,14 +284,23 @@ def test_devices_that_diverge_are_dropped_and_end_the_run_in_time() -> None:
             {"privacy": {"examples": plans.ExamplePrivacy(1.0, 1.0, 0.1, 3)}},
             10,
             None,
-            "examples cannot be simulated",
+            r"\[privacy\.examples\] cannot be simulated",
         ),
-        ({"layers": {"local": ("3.*",)}}, 10, None, "local cannot be simulated"),
-        ({"layers": {"fine_tune": ("3.*",)}}, 10, None, "fine_tune cannot be simulated"),
+        ({"layers": {"local": ("3.*",)}}, 10, None, r"layers\.local cannot be simulated"),
+        ({"layers": {"fine_tune": ("3.*",)}}, 10, None, r"layers\.fine_tune cannot be simulated"),
         ({"codec": {"kind": "top-k", "share": 0.1}}, 10, None, "devices keep nothing"),
     ],
     ids=[
-        *("two rules", "too many", "too few", "delta", "examples", "local layers"),
+        *(
+            "two rules",
+            "turns",
+            "a robust rule",
+            "too many",
+            "too few",
+            "delta",
+            "examples",
+            "local layers",
+        ),
         *("fine-tuning", "error feedback"),
     ],
 )
@@ -309,32 +334,32 @@ def test_a_round_takes_as_much_memory_whatever_the_population(rate) -> None:
         population = named("digits", size, 0).population
         share = None if rate is None else expected / size
         plan = plan_of(cohort={"sampling_rate": share, "min_devices": 2})
-        trainer = simulate.Trainer(
+        trainer = trainers.Trainer(
             lambda weights, clients: (
-                simulate.Trained(weights + len(one.examples.y) * 1e-6, 0.0, 1) for one in clients
+                training.Trained(weights + len(one.examples.y) * 1e-6, 0.0, 1) for one in clients
             ),
             "batched",
         )
         cohort = expected if rate is None else None
-        devices = simulate._Devices(plan, population, cohort, trainer, "memory")
+        devices = learning.Devices(plan, population, cohort, trainer, "memory")
         weights = np.zeros(4810, np.float32)
 
         def work():
             entropy = Keystream.replayable(1)
-            drawn = devices.drawn(entropy)
+            drawn = cohorts.drawn(plan, size, cohort, entropy)
             assert 20 < len(drawn) < 90
             assert devices.learn(1, weights, 1.0, drawn, entropy).survivors == len(drawn)
 
         return peak(work)
 
-    block = 5 * 8 * simulate.BLOCK  # the coins of a block of devices, a few times over
+    block = 5 * 8 * cohorts.BLOCK  # the coins of a block of devices, a few times over
     assert round_of(100_000) < round_of(100) + block
     assert block < 8 * 100_000
 
 
 def test_draws_in_blocks_are_one_draw_and_each_device_is_as_likely() -> None:
-    size, rate = 3 * simulate.BLOCK + 17, 0.01
-    found = simulate.sampled(size, rate, Keystream.replayable(1))
+    size, rate = 3 * cohorts.BLOCK + 17, 0.01
+    found = cohorts.sampled(size, rate, Keystream.replayable(1))
     coins = Keystream.replayable(1).uniform(size) < rate
     assert found == np.flatnonzero(coins).tolist()
 
@@ -342,12 +367,12 @@ def test_draws_in_blocks_are_one_draw_and_each_device_is_as_likely() -> None:
 def test_a_fixed_draw_has_so_many_and_each_set_is_as_likely() -> None:
     entropy, counts = Keystream.replayable(2), {}
     for _ in range(6000):
-        found = tuple(simulate.chosen(5, 3, entropy))
+        found = tuple(cohorts.chosen(5, 3, entropy))
         counts[found] = counts.get(found, 0) + 1
     assert len(counts) == 10
     # χ² with 9 degrees of freedom passes 27.9 once in a thousand.
     assert sum((count - 600) ** 2 / 600 for count in counts.values()) < 27.9
-    assert simulate.chosen(7, 7, entropy) == list(range(7))
+    assert cohorts.chosen(7, 7, entropy) == list(range(7))
 
 
 def test_a_device_holds_the_same_whenever_it_is_asked_and_others_hold_other() -> None:
@@ -411,6 +436,40 @@ def test_the_command_prints_facts_for_programs(file) -> None:
     assert shown.exit_code == 0
     assert f"{facts['accuracy']:.1%}" in shown.stdout
     assert "no noise" in shown.stdout
+    assert "s for all rounds" in shown.stdout
+    assert "worker processes included" in shown.stdout
+
+
+def facts_of(accuracies, result=0.5):
+    """The facts of a simulation whose rounds but the last were evaluated so."""
+    heard = [
+        simulate.Round(number, 2.0, 3, 3, 0.1, None, 1.0, accuracy)
+        for number, accuracy in enumerate(accuracies, 1)
+    ]
+    ended = simulate.Ended(
+        np.zeros(1, np.float32), len(heard), "complete", result, "batched", "", 0
+    )
+    return simulate_report.gather(plan_of(), 9, heard, ended, 1, 7)
+
+
+def test_the_last_rounds_accuracy_is_told_apart_from_the_best_ones() -> None:
+    facts = facts_of([0.3, 0.8, None, None])
+    assert facts["accuracy"] == 0.5
+    assert facts["last_round"] == {"round": 4, "accuracy": 0.5}
+    assert facts["best_round"] == {"round": 2, "accuracy": 0.8}
+    assert [done["accuracy"] for done in facts["history"]] == [0.3, 0.8, None, 0.5]
+    assert simulate_report._best(facts) == "; best after round 2: 80.0%"
+    facts = facts_of([0.3, None])
+    assert facts["last_round"] == facts["best_round"] == {"round": 2, "accuracy": 0.5}
+    assert simulate_report._best(facts) == ""
+    facts = facts_of([])
+    assert (facts["last_round"], facts["best_round"]) == (None, None)
+    assert simulate_report.table(facts).row_count
+
+
+def test_its_seconds_are_those_of_all_rounds() -> None:
+    told = facts_of([None] * 5)["rounds"]
+    assert (told["seconds"], told["per_second"], told["before"]) == (10.0, 0.5, 1)
 
 
 def test_the_command_says_what_is_wrong_with_a_plan(file) -> None:
@@ -424,5 +483,5 @@ def test_the_plan_that_comes_along_can_be_simulated() -> None:
     plan = plans.load(path)
     task = digits.Digits()
     length = len(parameters.flatten(task.model(0)))
-    simulate.check(plan, 10_000, 100, length)
+    simulable.check(plan, 10_000, 100, length)
     assert plan.task == task.name

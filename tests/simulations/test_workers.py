@@ -66,6 +66,34 @@ def test_a_killed_worker_is_an_error_that_names_the_remedy() -> None:
         workers.sum(None, PARTS)
 
 
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["held", "given back"])
+def test_their_peak_is_what_they_took_themselves_and_not_what_they_share(keep) -> None:
+    """What each took is counted once for each; what this process had before, not at all."""
+    shared, held = np.ones(300 * MIB, np.uint8), []
+
+    def take(*_) -> None:
+        block = np.ones(60 * MIB, np.uint8)
+        if keep:
+            held.append(block)
+
+    with Workers(take, 1, 2) as workers:
+        idle = workers.peak()
+        workers.sum(None, [[0], [1]])
+        took = workers.peak() - idle
+    assert shared[0] == 1
+    assert 0 < idle < 60 * MIB
+    assert 110 * MIB <= took <= 180 * MIB
+
+
+def test_a_process_that_does_it_all_takes_nothing_besides() -> None:
+    with Workers(add, 3, 1) as workers:
+        workers.sum(1, PARTS)
+        assert workers.peak() == 0
+
+
 class Dropping(Digits):
     """Digits for a network that draws at random, so that devices train one by one."""
 
@@ -100,5 +128,6 @@ def test_a_simulation_comes_to_the_same_weights_whatever_the_workers(task) -> No
         )
         rounds.append(heard)
     assert rounds[0] == rounds[1] == rounds[2]
+    assert ended[0].beside == 0 < ended[1].beside
     assert all(np.array_equal(ended[0].weights, other.weights) for other in ended[1:])
     assert ended[0].engine == ("batched" if type(task) is Digits else "one by one")
