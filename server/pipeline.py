@@ -11,7 +11,6 @@ their names are what the recorder, and so the dashboard, shows:
 Only a candidate that passes every gate is written to ``out``, to wait there for its signature.
 """
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -25,9 +24,10 @@ from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.cohort import Cohort
 from atoll.federation.errors import BadPlan, RoundFailed
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock
-from atoll.federation.layout import Layout
 from atoll.federation.messages import EvaluateReply
 from atoll.federation.plan import Plan
+from atoll.federation.progress import Outcome
+from atoll.federation.run import Charge, Run
 from atoll.federation.task import Grouped, Task
 from atoll.fleet import ranges
 from atoll.fleet.bundle import Manifest
@@ -125,7 +125,20 @@ def run(
     recorder.record(
         record.beginning(job.plan, job.task, job.cohort, initial, job.attempt, job.created)
     )
-    outcome = _train(job, shape, session, ledger, examples, recorder, note, checkpoints)
+    going = Run(
+        job.grid,
+        job.plan,
+        job.cohort,
+        name=job.run,
+        session=session,
+        charge=_charging(job, ledger, examples),
+        on_round=recorder.round,
+        checkpoints=checkpoints,
+        clock=job.clock,
+        left_out=_left_out(job, note),
+        frozen=shape.frozen,
+    )
+    outcome = _train(going, initial, ledger, examples, recorder, note)
     weights = outcome.weights
     digests = {"in": record.of_weights(initial), "out": record.of_weights(weights)}
     recorder.record({"weights": digests})
@@ -135,7 +148,7 @@ def run(
         asked = [name for name in job.cohort.trainers if name in outcome.turns]
         job = replace(job, cohort=replace(job.cohort, trainers=asked))
     recorder.stage("evaluate")
-    replies = _evaluate(job, weights, shape.frozen)
+    replies = _evaluate(replace(going, cohort=job.cohort), weights)
     note(**measures.of_weights(replies, sides_of(job.cohort.trainers, replies)))
     note(**measures.of_tuned(replies, sides_of(job.cohort.trainers, replies)))
     if job.plan.layers.local:
@@ -210,43 +223,16 @@ def features_of(task: Task) -> FeatureSpec:
 
 
 def _train(
-    job: Job,
-    shape: Layout,
-    session: HubSession,
+    going: Run,
+    initial: parameters.Vector,
     ledger: Ledger,
     examples: Ledger | None,
     recorder: Recorder,
     note: Callable[..., None],
-    checkpoints: Checkpoints | None,
-) -> rounds.Outcome:
-    plan = job.plan
-    of_example = example_event(plan)
-
-    def charge(number: int, connected: int) -> float | None:
-        event = event_of(plan, connected)
-        # A round taken up again may find others connected, and then costs something else.
-        claimed = plan.cohort.sampling_rate is None or getattr(event, "sampling", None) is not None
-        charge_id = f"{job.run}/{number}" + ("" if claimed else "/in-full")
-        if examples is not None and of_example is not None:
-            examples.charge(f"{job.run}/{number}/examples", of_example)
-        spent = ledger.charge(charge_id, event).epsilon_pld
-        return spent if isfinite(spent) else None
-
+) -> Outcome:
+    plan = going.plan
     run_plan = buffered.run_buffered if plan.asynchrony else rounds.run_rounds
-    outcome = run_plan(
-        job.grid,
-        plan,
-        job.cohort,
-        session,
-        charge,
-        recorder.round,
-        shape.initial,
-        run=job.run,
-        checkpoints=checkpoints,
-        clock=job.clock,
-        frozen=shape.frozen,
-        left_out=_left_out(job, note),
-    )
+    outcome = run_plan(going, initial)
     spent = ledger.spent()
     finite = isfinite(spent.epsilon_pld)
     privacy: dict[str, Any] = {"delta": spent.delta}
@@ -254,7 +240,7 @@ def _train(
         privacy |= {"epsilon": spent.epsilon_pld, "epsilon_rdp": spent.epsilon_rdp}
     if plan.privacy.budget_epsilon is not None:
         privacy["budget"] = plan.privacy.budget_epsilon
-    if examples is not None and of_example is not None:
+    if examples is not None and plan.privacy.examples is not None:
         of_examples = examples.spent()
         privacy["examples"] = {
             "epsilon": of_examples.epsilon_pld,
@@ -279,6 +265,24 @@ def _train(
         delta=spent.delta,
     )
     return outcome
+
+
+def _charging(job: Job, ledger: Ledger, examples: Ledger | None) -> Charge:
+    """Return what charges a round of the job to both accounts."""
+    plan = job.plan
+    of_example = example_event(plan)
+
+    def charge(number: int, connected: int) -> float | None:
+        event = event_of(plan, connected)
+        # A round taken up again may find others connected, and then costs something else.
+        claimed = plan.cohort.sampling_rate is None or getattr(event, "sampling", None) is not None
+        charge_id = f"{job.run}/{number}" + ("" if claimed else "/in-full")
+        if examples is not None and of_example is not None:
+            examples.charge(f"{job.run}/{number}/examples", of_example)
+        spent = ledger.charge(charge_id, event).epsilon_pld
+        return spent if isfinite(spent) else None
+
+    return charge
 
 
 def _left_out(job: Job, note: Callable[..., None]) -> Callable[[], Collection[str]] | None:
@@ -333,29 +337,12 @@ def check_groups(job: Job, rules: Sequence[Rule]) -> None:
         )
 
 
-def _evaluate(job: Job, weights: parameters.Vector, frozen: str) -> dict[str, EvaluateReply]:
+def _evaluate(going: Run, weights: parameters.Vector) -> dict[str, EvaluateReply]:
     """Evaluate the float weights on the devices' held-back data; return the sound replies."""
-    timeout = job.plan.cohort.round_timeout
-    replies = evaluation.evaluate(
-        job.grid,
-        job.cohort,
-        job.plan.task,
-        weights,
-        timeout,
-        clock=job.clock,
-        plan=job.plan,
-        run=job.run,
-        frozen=frozen,
-    )
-    sound = {
-        name: reply
-        for name, reply in replies.items()
-        if 0 <= reply.correct <= reply.rows >= reply.correct_tuned >= -1
-        and math.isfinite(reply.loss)
-    }
-    if len(sound) < job.plan.cohort.min_devices:
+    sound = evaluation.evaluate(going, weights)
+    if len(sound) < going.plan.cohort.min_devices:
         raise RoundFailed(
-            f"{len(sound)} of {len(job.cohort.evaluators)} devices evaluated the model; look at "
+            f"{len(sound)} of {len(going.cohort.evaluators)} devices evaluated the model; look at "
             "why the others did not, then run it again"
         )
     return sound
