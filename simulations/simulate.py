@@ -61,7 +61,7 @@ from atoll.privacy.keystream import Keystream
 from atoll.privacy.ledger import Event, FixedSample, Gaussian, Ledger, MemoryStore
 from atoll.privacy.sums import Integers
 from atoll.privacy.update import UpdateSpec
-from atoll.server.pipeline import event_of
+from atoll.server.charging import event_of
 from atoll.simulations.populations import Population, Simulated, evaluated_on
 from atoll.simulations.workers import Workers
 

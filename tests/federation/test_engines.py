@@ -33,7 +33,8 @@ from atoll.federation.warm_node import WarmNode
 from atoll.fleet.certificates import private_pem
 from atoll.privacy.ledger import Ledger, MemoryStore
 from atoll.privacy.modes import hub_session
-from atoll.server import pipeline, runs, schema
+from atoll.server import runs, schema
+from atoll.server.charging import event_of
 from atoll.server.claims import Start
 from atoll.server.runs import ATTEMPT_KEY, RUN_KEY, SERVER_APP
 from atoll.server.server_app import execute
@@ -245,7 +246,7 @@ def trained(text: str, dealt: list[Device], fleet: Fleet) -> Ended:
     ledger = Ledger(MemoryStore(), "digits", None, 1e-5)
 
     def charge(number: int, connected: int) -> float:
-        return ledger.charge(str(number), pipeline.event_of(asked, connected)).epsilon_pld
+        return ledger.charge(str(number), event_of(asked, connected)).epsilon_pld
 
     run = Run(
         fleet.grid,
