@@ -30,8 +30,10 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from atoll.federation import local_update, messages, plan, release, rounds
+from atoll.federation.cohort import Cohort, Member
 from atoll.federation.engine import InProcessGrid
 from atoll.federation.riders import Riders
+from atoll.federation.run import RoundReport, Run
 from atoll.privacy.keystream import Keystream
 from atoll.privacy.modes import hub_session
 from atoll.privacy.plain import PlainParty
@@ -82,28 +84,28 @@ def seconds_a_round(parameters: int, devices: int, count: int, value: int = 1) -
     An update is ``parameters`` times ``value``.
     """
     names = [f"device-{number}" for number in range(devices)]
-    members = {name: rounds.Member(number + 1, b"") for number, name in enumerate(names)}
-    cohort = rounds.Cohort(members, names, names)
+    members = {name: Member(number + 1, b"") for number, name in enumerate(names)}
+    cohort = Cohort(members, names, names)
     term = np.full(parameters, value, np.int64)
     grid = InProcessGrid({member.node_id: idle(name, term) for name, member in members.items()})
     ends: list[float] = []
 
-    def on_round(done: rounds.RoundReport) -> None:
+    def on_round(done: RoundReport) -> None:
         ends.append(time.process_time())
         assert len(done.survivors) == devices, done.dropped
 
     began = time.process_time()
-    rounds.run_rounds(
+    run = Run(
         grid,
         plan_of(devices, count),
         cohort,
-        hub_session("plain", {}),
-        lambda *_: None,
-        on_round,
-        np.zeros(parameters, np.float32),
-        run="benchmark",
+        name="benchmark",
+        session=hub_session("plain", {}),
+        charge=lambda *_: None,
+        on_round=on_round,
         clock=grid.clock,
     )
+    rounds.run_rounds(run, np.zeros(parameters, np.float32))
     return [float(seconds) for seconds in np.diff([began, *ends])]
 
 

@@ -14,6 +14,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from atoll.federation import plan, rounds
 from atoll.federation.bundled_grid import BundledGrid
+from atoll.federation.cohort import Cohort, Member
+from atoll.federation.run import RoundReport, Run
 from atoll.privacy.modes import hub_session
 
 PARAMETERS: Final = 1_000_000
@@ -28,25 +30,25 @@ def serve(grid: Grid, _: Context) -> None:
     job = json.loads((folder / "job.json").read_text())
     the_plan = plan.loads(job["plan"])
     members = {
-        name: rounds.Member(int(node), job["certificates"][name].encode())
+        name: Member(int(node), job["certificates"][name].encode())
         for name, node in job["nodes"].items()
     }
-    cohort = rounds.Cohort(members, sorted(members), sorted(members))
+    cohort = Cohort(members, sorted(members), sorted(members))
     seconds: list[float] = []
 
-    def on_round(report: rounds.RoundReport) -> None:
+    def on_round(report: RoundReport) -> None:
         if report.dropped:
             raise RuntimeError(f"devices dropped out: {report.dropped}")
         seconds.append(report.seconds)
 
-    rounds.run_rounds(
+    run = Run(
         BundledGrid(grid),
         the_plan,
         cohort,
-        hub_session(the_plan.privacy.mode, cohort.roster),
-        lambda *_: None,
-        on_round,
-        np.zeros(PARAMETERS, np.float32),
-        run=the_plan.name,
+        name=the_plan.name,
+        session=hub_session(the_plan.privacy.mode, cohort.roster),
+        charge=lambda *_: None,
+        on_round=on_round,
     )
+    rounds.run_rounds(run, np.zeros(PARAMETERS, np.float32))
     (folder / f"{the_plan.name}.json").write_text(json.dumps(seconds))

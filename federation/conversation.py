@@ -6,57 +6,23 @@ went over the wire.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from flwr.serverapp import Grid
 
-from atoll.federation import codec, control, layout, messages, parameters, release, robust
-from atoll.federation.cohort import Cohort
+from atoll.federation import asks, codec, control, messages, release, robust
+from atoll.federation.checkpoints import Checkpoint
 from atoll.federation.errors import BadMessage
-from atoll.federation.exchange import Clock, converse
+from atoll.federation.exchange import converse
 from atoll.federation.parameters import Vector
-from atoll.federation.plan import Plan
 from atoll.federation.riders import Riders
+from atoll.federation.run import RoundReport, Run
 from atoll.privacy import update
 from atoll.privacy.errors import BadParameters, Refused, SumFailed
-from atoll.privacy.keystream import Keystream
-from atoll.privacy.modes import HubSession
 from atoll.privacy.plain import Collected, PlainHubSession
 from atoll.privacy.sums import CONTRIBUTE, Ask, HubSum, RoundKey, SumSpec, Total
-
-
-@dataclass(frozen=True, slots=True)
-class RoundReport:
-    """One round as it went.
-
-    ``survivors`` are the devices in the sum, none when the round was thrown away; ``dropped``
-    the other trainers of the round's cohort, with the reason. ``loss`` is the mean of what
-    survivors reported; ``epsilon`` what the population has spent so far. Bytes are payload of
-    all devices together. ``clip_norm`` is the clipping norm that the round used. Of ``drawn``
-    trainers ``connected`` were there when it began. A ``lost`` round broke off, and nothing
-    else is known of it. ``accuracy`` is the share of ``evaluated`` held-back examples that the
-    weights after it got right, in ``evaluate_seconds`` more; none where nobody was asked.
-    """
-
-    round: int
-    seconds: float
-    survivors: tuple[str, ...]
-    dropped: Mapping[str, str]
-    loss: float | None
-    epsilon: float | None
-    bytes_up: int
-    bytes_down: int
-    clip_norm: float
-    drawn: int = 0
-    connected: int = 0
-    lost: bool = False
-    accuracy: float | None = None
-    evaluated: int = 0
-    evaluate_seconds: float = 0.0
 
 
 class Learned(NamedTuple):
@@ -71,48 +37,21 @@ class Learned(NamedTuple):
     control: Vector
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What stays the same through a run; ``entropy`` is what the hub's noise is drawn from.
-
-    ``frozen`` is the digest of what nobody trains (:class:`atoll.federation.layout.Layout`).
-    """
-
-    grid: Grid
-    plan: Plan
-    cohort: Cohort
-    run: str
-    clock: Clock
-    entropy: Keystream
-    frozen: str = ""
-
-
 class Conversation:
-    """One round's conversation with those of the ``drawn`` trainers who are ``present``.
+    """The conversation of the round that has begun with those of ``drawn`` who are ``present``.
 
-    ``counted`` is the last round of each device whose sum its term is in; it is told to it.
-    ``shared`` is the hub's control variate, empty while there is none.
+    ``drawn`` are the round's trainers; ``state`` is the run's before it.
     """
 
     def __init__(
-        self,
-        setting: Setting,
-        number: int,
-        weights: Vector,
-        clip_norm: float,
-        drawn: Sequence[str],
-        present: Sequence[str],
-        counted: Mapping[str, int],
-        shared: Vector,
+        self, run: Run, state: Checkpoint, drawn: Sequence[str], present: Sequence[str]
     ) -> None:
-        self._setting, self._number = setting, number
-        self._weights, self._drawn = weights, drawn
-        self._counted, self._shared = counted, shared
+        self._run, self._state, self._drawn = run, state, drawn
         connected = set(present)
         self._connected = len(connected)
         self._present = [name for name in drawn if name in connected]
-        self._spec = release.update_spec(setting.plan, clip_norm)
-        self._started = setting.clock.now()
+        self._spec = release.update_spec(run.plan, state.clip_norm or run.plan.privacy.clip_norm)
+        self._started = run.clock.now()
         self._survivors: tuple[str, ...] = ()
         self._dropped: dict[str, str] = {}
         self._losses: dict[str, float] = {}
@@ -120,9 +59,9 @@ class Conversation:
         self.why = ""
         """Why the round was thrown away, if it was."""
 
-    def learn(self, session: HubSession) -> Learned | None:
+    def learn(self) -> Learned | None:
         """Return what the devices' sum says, or none when the round is thrown away."""
-        spec, plan = self._spec, self._setting.plan
+        spec, plan = self._spec, self._run.plan
         if len(self._present) < plan.cohort.min_devices:
             self.why = (
                 f"drawn {len(self._drawn)}, connected of these {len(self._present)}, "
@@ -130,14 +69,14 @@ class Conversation:
             )
             return None
         sums = SumSpec(
-            key=RoundKey(self._setting.run, self._number),
-            length=release.values(plan, len(self._weights)) + spec.riders,
+            key=RoundKey(self._run.name, self._state.begun),
+            length=release.values(plan, len(self._state.weights)) + spec.riders,
             bound=spec.bound,
             parties=len(self._present),
             min_survivors=plan.cohort.min_devices,
         )
         try:
-            hub = self._open(session, sums)
+            hub = self._open(sums)
             step: Ask | Total = hub.start()
             while isinstance(step, Ask):
                 self._phase(hub, step, sums)
@@ -148,18 +87,18 @@ class Conversation:
         self._survivors = tuple(step.survivors)
         if isinstance(step, Collected):
             return self._spread(self._combined(step))
-        noised = update.release(step.values, spec, self._setting.entropy)
+        noised = update.release(step.values, spec, self._run.entropy)
         return self._spread(self._learned(update.decode(noised, spec)))
 
     def _spread(self, learned: Learned) -> Learned:
         """Return what was learned, of all coordinates."""
-        plan, length = self._setting.plan, len(self._weights)
-        sent = codec.places(plan.codec, length, plan.seed, self._setting.run, self._number)
+        plan, length = self._run.plan, len(self._state.weights)
+        sent = codec.places(plan.codec, length, plan.seed, self._run.name, self._state.begun)
         return learned._replace(mean=codec.spread(plan.codec, learned.mean, sent, length))
 
-    def _open(self, session: HubSession, sums: SumSpec) -> HubSum:
+    def _open(self, sums: SumSpec) -> HubSum:
         """Return the hub's side of the sum, which keeps its terms where the rule looks at them."""
-        rule = self._setting.plan.aggregation.rule
+        rule, session = self._run.plan.aggregation.rule, self._run.session
         if rule == "mean":
             return session.open(sums, self._present)
         if not isinstance(session, PlainHubSession):
@@ -167,17 +106,17 @@ class Conversation:
         return session.collect(sums, self._present)
 
     def _combined(self, total: Collected) -> Learned:
-        asked = self._setting.plan.aggregation
+        asked = self._run.plan.aggregation
         made = robust.combine(total.terms, asked.rule, asked.byzantine, asked.trim)
         # The rules scale with what they are given, so that the terms need not be decoded first.
-        return Learned(made / self._spec.scale, self._spec.clip_norm, self._shared)
+        return Learned(made / self._spec.scale, self._spec.clip_norm, self._state.control)
 
     def _learned(self, sums: update.Sums) -> Learned:
-        plan, riders = self._setting.plan, Riders.of(self._setting.plan)
-        trainers = len(self._setting.cohort.trainers)
+        plan, riders = self._run.plan, Riders.of(self._run.plan)
+        trainers = len(self._run.cohort.trainers)
         devices = release.devices(plan, trainers, self._connected, len(self._survivors))
         mean, shared = control.following(
-            plan, riders.mean(sums, self._spec, devices), self._shared, devices / trainers
+            plan, riders.mean(sums, self._spec, devices), self._state.control, devices / trainers
         )
         clip_norm = riders.next_clip_norm(plan, self._spec.clip_norm, sums, devices)
         return Learned(mean, clip_norm, shared)
@@ -185,7 +124,7 @@ class Conversation:
     @property
     def counted(self) -> dict[str, int]:
         """The last round of each device whose sum its term is in, this one included."""
-        return {**self._counted, **dict.fromkeys(self._survivors, self._number)}
+        return {**self._state.counted, **dict.fromkeys(self._survivors, self._state.begun)}
 
     def report(self, epsilon: float | None) -> RoundReport:
         """Say how the round went."""
@@ -199,8 +138,8 @@ class Conversation:
             if name not in self._survivors
         }
         return RoundReport(
-            round=self._number,
-            seconds=self._setting.clock.now() - self._started,
+            round=self._state.begun,
+            seconds=self._run.clock.now() - self._started,
             survivors=self._survivors,
             dropped=dropped,
             loss=float(np.mean(losses)) if losses else None,
@@ -215,31 +154,31 @@ class Conversation:
     @property
     def _late(self) -> str:
         """Say why a device that did not fail is not in the sum."""
-        enough = self._setting.plan.cohort.enough
+        enough = self._run.plan.cohort.enough
         if enough is not None and len(self._survivors) >= enough:
             return f"{enough} others were faster, and they were enough"
         return "its term did not get into the sum"
 
     def _phase(self, hub: HubSum, ask: Ask, sums: SumSpec) -> None:
         """Send one phase to its parties and fold in each reply as it comes."""
-        setting, contribution = self._setting, ask.phase == CONTRIBUTE
-        enough = setting.plan.cohort.enough if contribution else None
+        run, contribution = self._run, ask.phase == CONTRIBUTE
+        enough = run.plan.cohort.enough if contribution else None
         taken = 0
         contents = {
-            name: messages.pack(self._sum_ask(sums, ask.phase, name, payload))
-            for name, payload in ask.payloads.items()
+            name: messages.pack(asks.term(run, self._state, sums, ask, name))
+            for name in ask.payloads
         }
         if contribution:
-            messages.share(contents.values(), self.work)
+            messages.share(contents.values(), asks.training(run, self._state, self._spec))
         self._down += sum(messages.size(content) for content in contents.values())
         for name, content, failure in converse(
-            setting.grid,
-            setting.cohort.nodes,
+            run.grid,
+            run.cohort.nodes,
             messages.TRAIN if contribution else messages.SUM,
             contents,
-            setting.plan.cohort.round_timeout,
-            group=str(self._number),
-            clock=setting.clock,
+            run.plan.cohort.round_timeout,
+            group=str(self._state.begun),
+            clock=run.clock,
         ):
             if content is None:
                 self._dropped[name] = failure
@@ -256,57 +195,3 @@ class Conversation:
                 self._dropped[name] = str(error)
             if taken == enough:
                 break
-
-    def _sum_ask(self, sums: SumSpec, phase: str, name: str, payload: bytes) -> messages.SumAsk:
-        return messages.SumAsk(
-            mode=self._setting.plan.privacy.mode,
-            phase=phase,
-            payload=payload,
-            party=name,
-            run=sums.key.run,
-            round=sums.key.round,
-            length=sums.length,
-            bound=sums.bound,
-            parties=sums.parties,
-            min_survivors=sums.min_survivors,
-            counted=self._counted.get(name, 0),
-        )
-
-    @property
-    def work(self) -> messages.TrainAsk:
-        """The instruction to train, one for all devices."""
-        plan, spec, riders = self._setting.plan, self._spec, Riders.of(self._setting.plan)
-        examples = plan.privacy.examples
-        return messages.TrainAsk(
-            task=plan.task,
-            weights=parameters.to_bytes(self._weights, plan.codec.downlink),
-            seed=plan.seed,
-            local_epochs=plan.training.local_epochs,
-            batch_size=plan.training.batch_size,
-            learning_rate=plan.training.learning_rate,
-            momentum=plan.training.momentum,
-            clip_norm=spec.clip_norm,
-            bits=spec.bits,
-            noise_multiplier=spec.noise_multiplier,
-            colluders=spec.colluders,
-            noise=spec.placement,
-            weight_cap=riders.weight_cap,
-            clip_quantile=riders.clip_quantile,
-            rider_noise_multiplier=spec.rider_noise_multiplier,
-            example_steps=examples.steps if examples else 0,
-            example_noise_multiplier=examples.noise_multiplier if examples else 0.0,
-            example_clip_norm=examples.clip_norm if examples else 0.0,
-            example_sampling_rate=examples.sampling_rate if examples else 0.0,
-            proximal=plan.training.proximal,
-            most_steps=riders.most_steps,
-            layers=layout.encode(plan.layers),
-            frozen=self._setting.frozen,
-            codec=plan.codec.kind,
-            codec_share=plan.codec.share or 1.0,
-            feedback=plan.codec.feedback,
-            downlink=plan.codec.downlink,
-            seconds=plan.training.deadline or 0.0,
-            control=parameters.to_bytes(self._shared),
-            control_scale=control.scale(plan.training),
-            control_retained=control.retained(plan),
-        )

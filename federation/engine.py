@@ -6,7 +6,7 @@ stands still while devices compute and moves when the server side pauses; a devi
 answers costs no waiting.
 
     grid = InProcessGrid({1: app_of_a, 2: app_of_b})
-    run_rounds(grid, ..., clock=grid.clock)
+    run_rounds(Run(grid, ..., clock=grid.clock), initial)
 
 A ClientApp that raises :class:`Vanished` stands for a device that is gone: no reply comes.
 Any other exception becomes an error reply, as on a real node.

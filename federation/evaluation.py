@@ -1,65 +1,54 @@
 """Questions to a cohort outside the rounds: evaluation of weights, and queries.
 
-    evaluate(grid, cohort, task, weights, timeout) -> {device: EvaluateReply}
+    evaluate(run, weights) -> {device: EvaluateReply}
     ask(grid, nodes, name, payload, timeout) -> {device: bytes}
 
 Both leave out devices that do not answer well and in time; who decides on the answers checks that
 enough are there.
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 
 from flwr.serverapp import Grid
-from msgspec import structs
 
 from atoll.federation import layout, messages, parameters
-from atoll.federation.cohort import Cohort
 from atoll.federation.errors import BadMessage
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock, Replies, exchange
 from atoll.federation.parameters import Vector
-from atoll.federation.plan import Plan
+from atoll.federation.run import Run
 
 
-def evaluate(
-    grid: Grid,
-    cohort: Cohort,
-    task: str,
-    weights: Vector,
-    timeout: float,
-    *,
-    clock: Clock = SYSTEM_CLOCK,
-    plan: Plan | None = None,
-    run: str = "",
-    frozen: str = "",
-) -> dict[str, messages.EvaluateReply]:
+def evaluate(run: Run, weights: Vector) -> dict[str, messages.EvaluateReply]:
     """Evaluate float32 ``weights`` on every evaluator's held-back data; rows, correct, loss.
 
-    With the ``plan`` and name of a ``run`` devices add their own layers and fine-tune, as the plan
-    says; ``frozen`` is the digest of :class:`atoll.federation.layout.Layout`.
+    Devices add their own layers and fine-tune, as the run's plan says.
     """
-    ask = messages.EvaluateAsk(task=task, weights=parameters.to_bytes(weights), split="test")
-    if plan is not None:
-        ask = structs.replace(
-            ask,
-            run=run,
-            seed=plan.seed,
-            layers=layout.encode(plan.layers),
-            frozen=frozen,
-            batch_size=plan.training.batch_size,
-            learning_rate=plan.training.learning_rate,
-            momentum=plan.training.momentum,
-        )
-    content = messages.pack(ask)
-    replies = exchange(
-        grid,
-        cohort.nodes,
-        messages.EVALUATE,
-        dict.fromkeys(cohort.evaluators, content),
-        timeout,
-        clock=clock,
+    plan = run.plan
+    question = messages.EvaluateAsk(
+        task=plan.task,
+        weights=parameters.to_bytes(weights),
+        split="test",
+        run=run.name,
+        seed=plan.seed,
+        layers=layout.encode(plan.layers),
+        frozen=run.frozen,
+        batch_size=plan.training.batch_size,
+        learning_rate=plan.training.learning_rate,
+        momentum=plan.training.momentum,
     )
-    return _well_formed(replies, messages.EvaluateReply)
+    content = messages.pack(question)
+    replies = exchange(
+        run.grid,
+        run.cohort.nodes,
+        messages.EVALUATE,
+        dict.fromkeys(run.cohort.evaluators, content),
+        plan.cohort.round_timeout,
+        clock=run.clock,
+    )
+    found = _well_formed(replies, messages.EvaluateReply)
+    return {device: reply for device, reply in found.items() if _sound(reply)}
 
 
 def ask(
@@ -78,6 +67,13 @@ def ask(
     )
     answers = _well_formed(replies, messages.QueryReply)
     return {device: answer.payload for device, answer in answers.items()}
+
+
+def _sound(reply: messages.EvaluateReply) -> bool:
+    """Tell whether these can be counts of examples; a device that did not fine-tune says -1."""
+    return 0 <= reply.correct <= reply.rows >= reply.correct_tuned >= -1 and math.isfinite(
+        reply.loss
+    )
 
 
 def _well_formed(replies: Replies, kind: type[messages.Kind]) -> dict[str, messages.Kind]:

@@ -7,15 +7,14 @@ then. It is off unless a plan asks for it, because it costs a message to each de
 the slowest one, and the counts in the answers are neither summed privately nor noised.
 """
 
-import math
 from dataclasses import replace
 
 from msgspec import structs
 
-from atoll.federation.conversation import RoundReport, Setting
 from atoll.federation.evaluation import evaluate
 from atoll.federation.parameters import Vector
 from atoll.federation.plan import Plan
+from atoll.federation.run import RoundReport, Run
 
 
 def due(plan: Plan, trained: int) -> bool:
@@ -28,35 +27,22 @@ def _untuned(plan: Plan) -> Plan:
     return structs.replace(plan, layers=structs.replace(plan.layers, fine_tune=()))
 
 
-def measured(report: RoundReport, setting: Setting, weights: Vector) -> RoundReport:
+def measured(run: Run, report: RoundReport, weights: Vector) -> RoundReport:
     """Return the report with the accuracy of ``weights``, float32 ``(n,)``, and what asking cost.
 
     The accuracy is over the examples of all devices that answered, each example counting once.
     """
-    connected = set(setting.grid.get_node_ids())
-    nodes = setting.cohort.nodes
-    there = [name for name in setting.cohort.evaluators if nodes[name] in connected]
-    began = setting.clock.now()
-    answers = evaluate(
-        setting.grid,
-        replace(setting.cohort, evaluators=there),
-        setting.plan.task,
-        weights,
-        setting.plan.cohort.round_timeout,
-        clock=setting.clock,
-        plan=_untuned(setting.plan),
-        run=setting.run,
-        frozen=setting.frozen,
-    )
-    sound = [
-        one for one in answers.values() if 0 <= one.correct <= one.rows and math.isfinite(one.loss)
-    ]
-    rows = sum(one.rows for one in sound)
-    enough = rows > 0 and len(sound) >= setting.plan.cohort.min_devices
+    connected, nodes = set(run.grid.get_node_ids()), run.cohort.nodes
+    there = [name for name in run.cohort.evaluators if nodes[name] in connected]
+    began = run.clock.now()
+    cohort = replace(run.cohort, evaluators=there)
+    answers = evaluate(replace(run, cohort=cohort, plan=_untuned(run.plan)), weights).values()
+    rows = sum(one.rows for one in answers)
+    enough = rows > 0 and len(answers) >= run.plan.cohort.min_devices
     return replace(
         report,
-        accuracy=sum(one.correct for one in sound) / rows if enough else None,
+        accuracy=sum(one.correct for one in answers) / rows if enough else None,
         evaluated=rows if enough else 0,
-        evaluate_seconds=setting.clock.now() - began,
+        evaluate_seconds=run.clock.now() - began,
         bytes_down=report.bytes_down + weights.nbytes * len(there),
     )

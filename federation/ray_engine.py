@@ -1,7 +1,7 @@
 """A Flower Grid on Flower's simulation runtime: the same ClientApps in Ray's processes.
 
     with ray_grid({"device-1": make_app_of_one, "device-2": make_app_of_two}) as grid:
-        run_rounds(grid, …)            # its node ids are grid.nodes["device-1"], …
+        run_rounds(Run(grid, …), initial)      # its node ids are grid.nodes["device-1"], …
 
 With it a run uses every core of a machine, or of several: ``address`` names a Ray cluster that is
 there, and without one it lasts as long as the block, on this machine alone. An app is made in

@@ -12,7 +12,6 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from atoll.federation import strategies
 from atoll.federation.plan import Plan
 from atoll.federation.task import Task
 from atoll.fleet import bundle as bundles
@@ -111,112 +110,8 @@ def write(
             bundles.MODEL: model,
             bundles.PROFILE: profile.encode(),
             bundles.GOLDEN: bundles.encode_golden(golden),
-            bundles.CARD: card(manifest, plan, facts, verdicts, weights).encode(),
+            bundles.CARD: model_card.written(manifest, plan, facts, verdicts, weights).encode(),
         },
-    )
-
-
-def card(
-    manifest: Manifest,
-    plan: Plan,
-    facts: Mapping[str, Any],
-    verdicts: Sequence[Verdict],
-    weights: Mapping[str, str],
-) -> str:
-    """Return the model card, Markdown (after Mitchell et al., "Model Cards", 2019)."""
-    privacy = plan.privacy
-    accuracy = [
-        f"| {who} | {found['float']:.1%} | {found['int8']:.1%} | {facts['rows'][who]} |"
-        for who, found in facts["accuracy"].items()
-    ]
-    spent = facts["privacy"].get("epsilon")
-    epsilon = "no noise was added, so there is no ε" if spent is None else f"ε = {spent:,.1f}"
-    counted = (
-        f"with Gaussian noise of {privacy.telemetry_noise:g} times what one served row changes"
-        if privacy.telemetry_noise
-        else "without noise"
-    )
-    gates = [f"- {verdict.name}: passed, by `{verdict.rule}`" for verdict in verdicts]
-    rule = plan.aggregation
-    against = (
-        f"; combined by `{rule.rule}` against {rule.byzantine} lying "
-        f"{'device' if rule.byzantine == 1 else 'devices'} a round"
-        if rule.rule != "mean"
-        else ""
-    )
-    return "\n".join(
-        [
-            f"# {manifest.model}, from run {manifest.run}",
-            "",
-            (
-                f"Task `{manifest.task}`: input {manifest.input.dtype} "
-                f"{list(manifest.input.shape)} ({', '.join(manifest.channels)}), "
-                f"{len(manifest.classes)} classes ({', '.join(manifest.classes)})."
-            ),
-            "",
-            "## Training",
-            (
-                f"{strategies.title(plan)}, {facts['rounds']['trained']} rounds, "
-                f"{facts['devices']['trainers']} devices; the data stayed on them. "
-                f"{_part(facts.get('layers', {}))}"
-                f"Sums in mode `{privacy.mode}`, updates clipped to an L2 norm of "
-                f"{_clipped(plan, facts)}, noise multiplier {privacy.noise_multiplier:g}{against}."
-            ),
-            "",
-            (
-                f"Privacy spent so far, by the ledger that this run was charged to: {epsilon} at "
-                f"δ = {privacy.delta:g}. ε speaks of the trained model alone: evaluation counts, "
-                "activation ranges and the reference profile are sums over devices, without noise."
-            ),
-            "",
-            f"A device that serves the model counts what it serves and ships the counts {counted}.",
-            "",
-            "## Accuracy on held-back data of the devices",
-            "| devices | float | int8 (shipped) | examples |",
-            "|---|---|---|---|",
-            *accuracy,
-            "",
-            '"Known" devices trained the model; "unseen" ones did not.',
-            "",
-            *model_card.spread(facts),
-            *model_card.fairness(facts),
-            "## Gates",
-            *gates,
-            "",
-            "## Record",
-            (
-                f"The run's record (`atoll plan record {manifest.run}` at a hub, "
-                f"`runs/{manifest.run}/record.json` in the directory of a run without one) tells "
-                "the plan, what code ran, what was charged, and the digests of what came in and "
-                "out. SHA-256 of the "
-                f"float32 weights that training began with: `{weights['in']}`, and that it ended "
-                f"with: `{weights['out']}`."
-            ),
-            "",
-            "## Limits",
-            (
-                "Accuracy is that of the devices of this fleet, at the time of the run. What "
-                "differs from the reference profile is outside of what was evaluated; that is "
-                "what drift alerts are for."
-            ),
-            "",
-        ]
-    )
-
-
-def _clipped(plan: Plan, facts: Mapping[str, Any]) -> str:
-    """Say which clipping norm was used: of one that adapts, the last and the first."""
-    first, last = plan.privacy.clip_norm, facts["privacy"].get("clip_norm")
-    return f"{first:g}" if last is None else f"{last:.4g} in the last round, adapted from {first:g}"
-
-
-def _part(layers: Mapping[str, int]) -> str:
-    """Say how much of the model was trained, where that is not all."""
-    if not layers.get("frozen"):
-        return ""
-    return (
-        f"Trained were {layers['travelling']:,} weights, those of adapters merged into the layers; "
-        f"{layers['frozen']:,} are as the task has them. "
     )
 
 

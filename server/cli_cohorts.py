@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from atoll.server.model_card import MEASURES
+from atoll.server.fairness_terms import MEASURES
 from atoll.server.tables import clean, put, put_table
 
 

@@ -23,9 +23,9 @@ from typing import Any, Final, Protocol
 from flwr.serverapp import Grid
 from sqlalchemy import Connection, delete, insert, select, update
 
-from atoll.federation.conversation import RoundReport
 from atoll.federation.exchange import Clock
 from atoll.federation.plan import loads
+from atoll.federation.run import RoundReport
 from atoll.server import runs
 from atoll.server.claims import Start
 from atoll.server.errors import AlreadyRunning, Conflict

@@ -1,21 +1,133 @@
-"""The sections of the model card on how alike devices and groups fare.
+"""The model card: what a person should know before a model is signed, and beside it afterwards.
 
-Markdown lines, from the facts of :mod:`atoll.server.spread` and :mod:`atoll.server.fairness`; none
-where a run knows nothing of the kind.
+Markdown, after Mitchell et al., "Model Cards for Model Reporting", 2019. What a run knows nothing
+of has no section.
 """
 
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-MEASURES: Final = {
-    "equalised_odds": "equalised odds, difference",
-    "equal_opportunity": "equal opportunity, difference",
-    "demographic_parity": "demographic parity, difference",
-    "demographic_parity_ratio": "demographic parity, ratio",
-}
+from atoll.federation import strategies
+from atoll.federation.plan import Plan
+from atoll.fleet.bundle import Manifest
+from atoll.server.fairness_terms import MEASURES
+from atoll.server.policy import Verdict
+
+Facts = Mapping[str, Any]
+"""A run's facts, as the gates see them."""
 
 
-def spread(facts: Mapping[str, Any]) -> list[str]:
+def written(
+    manifest: Manifest,
+    plan: Plan,
+    facts: Facts,
+    verdicts: Sequence[Verdict],
+    weights: Mapping[str, str],
+) -> str:
+    """Return the card of a candidate whose gates gave ``verdicts``.
+
+    ``weights`` are the digests of those that training began and ended with, ``in`` and ``out``.
+    """
+    return "\n".join(
+        [
+            *_model(manifest),
+            *_training(plan, facts),
+            *_accuracy(facts),
+            *_spread(facts),
+            *_fairness(facts),
+            *_gates(verdicts),
+            *_record(manifest.run, weights),
+            *_limits(),
+        ]
+    )
+
+
+def _model(manifest: Manifest) -> list[str]:
+    return [
+        f"# {manifest.model}, from run {manifest.run}",
+        "",
+        (
+            f"Task `{manifest.task}`: input {manifest.input.dtype} "
+            f"{list(manifest.input.shape)} ({', '.join(manifest.channels)}), "
+            f"{len(manifest.classes)} classes ({', '.join(manifest.classes)})."
+        ),
+        "",
+    ]
+
+
+def _training(plan: Plan, facts: Facts) -> list[str]:
+    """Return the section on how the model was trained, and what of that is private."""
+    privacy, spent = plan.privacy, facts["privacy"].get("epsilon")
+    epsilon = "no noise was added, so there is no ε" if spent is None else f"ε = {spent:,.1f}"
+    counted = (
+        f"with Gaussian noise of {privacy.telemetry_noise:g} times what one served row changes"
+        if privacy.telemetry_noise
+        else "without noise"
+    )
+    return [
+        "## Training",
+        (
+            f"{strategies.title(plan)}, {facts['rounds']['trained']} rounds, "
+            f"{facts['devices']['trainers']} devices; the data stayed on them. "
+            f"{_part(facts.get('layers', {}))}"
+            f"Sums in mode `{privacy.mode}`, updates clipped to an L2 norm of "
+            f"{_clipped(plan, facts)}, noise multiplier {privacy.noise_multiplier:g}"
+            f"{_against(plan)}."
+        ),
+        "",
+        (
+            f"Privacy spent so far, by the ledger that this run was charged to: {epsilon} at "
+            f"δ = {privacy.delta:g}. ε speaks of the trained model alone: evaluation counts, "
+            "activation ranges and the reference profile are sums over devices, without noise."
+        ),
+        "",
+        f"A device that serves the model counts what it serves and ships the counts {counted}.",
+        "",
+    ]
+
+
+def _part(layers: Mapping[str, int]) -> str:
+    """Say how much of the model was trained, where that is not all."""
+    if not layers.get("frozen"):
+        return ""
+    return (
+        f"Trained were {layers['travelling']:,} weights, those of adapters merged into the layers; "
+        f"{layers['frozen']:,} are as the task has them. "
+    )
+
+
+def _clipped(plan: Plan, facts: Facts) -> str:
+    """Say which clipping norm was used: of one that adapts, the last and the first."""
+    first, last = plan.privacy.clip_norm, facts["privacy"].get("clip_norm")
+    return f"{first:g}" if last is None else f"{last:.4g} in the last round, adapted from {first:g}"
+
+
+def _against(plan: Plan) -> str:
+    """Say how many lying devices the rule withstands, where updates are not just averaged."""
+    asked = plan.aggregation
+    if asked.rule == "mean":
+        return ""
+    lying = "device" if asked.byzantine == 1 else "devices"
+    return f"; combined by `{asked.rule}` against {asked.byzantine} lying {lying} a round"
+
+
+def _accuracy(facts: Facts) -> list[str]:
+    rows = [
+        f"| {who} | {found['float']:.1%} | {found['int8']:.1%} | {facts['rows'][who]} |"
+        for who, found in facts["accuracy"].items()
+    ]
+    return [
+        "## Accuracy on held-back data of the devices",
+        "| devices | float | int8 (shipped) | examples |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        '"Known" devices trained the model; "unseen" ones did not.',
+        "",
+    ]
+
+
+def _spread(facts: Facts) -> list[str]:
     """Return the section on accuracy over devices."""
     found = facts.get("spread", {})
     if not found:
@@ -37,7 +149,7 @@ def spread(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def fairness(facts: Mapping[str, Any]) -> list[str]:
+def _fairness(facts: Facts) -> list[str]:
     """Return the section on groups of examples."""
     found = facts.get("fairness")
     if found is None:
@@ -69,3 +181,35 @@ def fairness(facts: Mapping[str, Any]) -> list[str]:
         lines.append("Fewer than two groups can be shown, so nothing is compared.")
     lines += [f"Not shown: {name} ({why})." for name, why in found["left_out"].items()]
     return [*lines, ""]
+
+
+def _gates(verdicts: Sequence[Verdict]) -> list[str]:
+    passed = [f"- {verdict.name}: passed, by `{verdict.rule}`" for verdict in verdicts]
+    return ["## Gates", *passed, ""]
+
+
+def _record(run: str, weights: Mapping[str, str]) -> list[str]:
+    return [
+        "## Record",
+        (
+            f"The run's record (`atoll plan record {run}` at a hub, "
+            f"`runs/{run}/record.json` in the directory of a run without one) tells "
+            "the plan, what code ran, what was charged, and the digests of what came in and "
+            "out. SHA-256 of the "
+            f"float32 weights that training began with: `{weights['in']}`, and that it ended "
+            f"with: `{weights['out']}`."
+        ),
+        "",
+    ]
+
+
+def _limits() -> list[str]:
+    return [
+        "## Limits",
+        (
+            "Accuracy is that of the devices of this fleet, at the time of the run. What "
+            "differs from the reference profile is outside of what was evaluated; that is "
+            "what drift alerts are for."
+        ),
+        "",
+    ]

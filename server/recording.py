@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import RowMapping, delete, insert, select, update
 
-from atoll.federation.conversation import RoundReport
+from atoll.federation.run import RoundReport
 from atoll.server.schema import rounds, runs
 from atoll.server.store import Store
 

@@ -29,7 +29,7 @@ from atoll.fleet.errors import FleetError
 from atoll.privacy.errors import PrivacyError
 from atoll.privacy.ledger import Ledger, LedgerStore
 from atoll.privacy.modes import hub_session
-from atoll.server import audit, cohort_rule, device_facts, pipeline, record
+from atoll.server import audit, eligibility, pipeline, record
 from atoll.server.claims import Claim, ClaimedLedgerStore, Start, claimed
 from atoll.server.errors import HubError, Superseded, Unavailable
 from atoll.server.ledger_store import SqlLedgerStore
@@ -122,7 +122,7 @@ def _carry_out(
                 *(grid, plan, cohort, tasks(plan.task), run, now()),
                 clock=clock,
                 attempt=start.attempt,
-                left_out=lambda: left_out(store, plan, now(), settings.offline_seconds),
+                left_out=lambda: eligibility.left_out(store, plan, now(), settings.offline_seconds),
             ),
             session=hub_session(plan.privacy.mode, cohort.roster),
             ledger=Ledger(kept, plan.model, plan.privacy.budget_epsilon, plan.privacy.delta),
@@ -178,21 +178,6 @@ def cohort_of(connection: Connection, plan: Plan) -> Cohort:
         evaluators=[row.id for row in rows],
         labels={row.id: row.labels for row in rows},
     )
-
-
-def left_out(store: Store, plan: Plan, now: float, fresh: float) -> dict[str, str]:
-    """Return which devices the plan's rule leaves out at ``now`` (Unix seconds), and why.
-
-    What a device told more than ``fresh`` seconds ago is not known.
-    """
-    rule = plan.cohort.rule
-    if rule is None:
-        return {}
-    with store.read() as connection:
-        known = device_facts.of_fleet(
-            connection, plan.model, cohort_rule.named(rule), now=now, fresh=fresh
-        )
-    return cohort_rule.left_out(rule, known)
 
 
 def await_nodes(store: Store, plan: Plan, clock: Clock) -> None:

@@ -7,7 +7,7 @@ from sqlalchemy import Connection, select
 
 from atoll.server import schema
 from atoll.server.errors import NotFound
-from atoll.server.model_card import MEASURES
+from atoll.server.fairness_terms import MEASURES
 from atoll.server.progress import Standing, asked, latest, plan_of, standing, time_left
 from atoll.server.web_charts import plot
 from atoll.server.web_read import first, rows

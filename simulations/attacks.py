@@ -34,9 +34,11 @@ import numpy as np
 
 from atoll.federation import client_app, parameters, rounds, training
 from atoll.federation import plan as plans
+from atoll.federation.cohort import Cohort, Member
 from atoll.federation.engine import InProcessGrid
 from atoll.federation.plan import Plan
 from atoll.federation.rule import RULES, Rule
+from atoll.federation.run import Run
 from atoll.federation.task import Examples, Task
 from atoll.privacy.plain import PlainHubSession, PlainParty
 from atoll.privacy.sums import PartySum
@@ -140,19 +142,19 @@ def play(ground: Field, plan: Plan, attack: Attack) -> Found:
         )
         task = attack.task(ground.task) if lies else ground.task
         apps[number + 1] = client_app.build(task, data, _always(party), {})
-        members[name] = rounds.Member(number + 1, b"")
+        members[name] = Member(number + 1, b"")
     grid = InProcessGrid(apps)
-    outcome = rounds.run_rounds(
+    run = Run(
         grid,
         plan,
-        rounds.Cohort(members, names, []),
-        PlainHubSession(),
-        lambda *_: None,
-        lambda _: None,
-        parameters.flatten(ground.task.model(plan.seed)),
-        run="attacks",
+        Cohort(members, names, []),
+        name="attacks",
+        session=PlainHubSession(),
+        charge=lambda *_: None,
+        on_round=lambda _: None,
         clock=grid.clock,
     )
+    outcome = rounds.run_rounds(run, parameters.flatten(ground.task.model(plan.seed)))
 
     def share(examples: Examples) -> float:
         done = training.evaluate(ground.task.model(0), outcome.weights, examples)

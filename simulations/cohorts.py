@@ -7,7 +7,7 @@ from atoll.federation.cohort import draw
 from atoll.federation.plan import Plan
 from atoll.privacy.keystream import Keystream
 from atoll.privacy.ledger import Event, FixedSample, Gaussian
-from atoll.server.pipeline import event_of
+from atoll.server.charging import event_of
 
 BLOCK: Final = 4096
 """Devices for which a Poisson draw tosses its coins at once."""

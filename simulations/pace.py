@@ -1,7 +1,7 @@
 """Devices of different speeds in this process, on a clock that costs no waiting.
 
     grid = PacedGrid({1: app_of_a, 2: app_of_b}, {1: 1.0, 2: 30.0}.__getitem__)
-    run_buffered(grid, ..., clock=grid.clock)
+    run_buffered(Run(grid, ..., clock=grid.clock), initial)
 
 A reply can be pulled so many seconds after its message was sent as the node takes, by the grid's
 own clock, which moves when the hub's side pauses. What a device answers does not depend on it.

@@ -27,8 +27,10 @@ import numpy as np
 
 from atoll.federation import client_app, parameters, rounds, training
 from atoll.federation import plan as plans
+from atoll.federation.cohort import Cohort, Member
 from atoll.federation.engine import InProcessGrid
 from atoll.federation.plan import Plan, Privacy
+from atoll.federation.run import RoundReport, Run
 from atoll.federation.task import Examples
 from atoll.privacy import modes
 from atoll.privacy.plain import PlainParty
@@ -87,26 +89,26 @@ def federated_plain(
         for person in known
     }
     grid = InProcessGrid(apps)
-    cohort = rounds.Cohort(
-        members={names[person]: rounds.Member(person, b"") for person in known},
+    cohort = Cohort(
+        members={names[person]: Member(person, b"") for person in known},
         trainers=[names[person] for person in known],
         evaluators=[],
     )
 
-    def heard(report: rounds.RoundReport) -> None:
+    def heard(report: RoundReport) -> None:
         say(f"federated: round {report.round} of {quiet.rounds}, loss {report.loss:.3f}")
 
-    outcome = rounds.run_rounds(
+    run = Run(
         grid,
         quiet,
         cohort,
-        modes.hub_session("plain", {}),
-        lambda *_: None,
-        heard,
-        parameters.flatten(Spar().model(seed)),
-        run=f"reference-{seed}",
+        name=f"reference-{seed}",
+        session=modes.hub_session("plain", {}),
+        charge=lambda *_: None,
+        on_round=heard,
         clock=grid.clock,
     )
+    outcome = rounds.run_rounds(run, parameters.flatten(Spar().model(seed)))
     return _accuracies(data, known, unseen, outcome.weights)
 
 

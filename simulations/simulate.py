@@ -6,7 +6,7 @@ A round is a real one without its messages: the ledger is charged, a cohort draw
 of it trains on its own examples and encodes its update with the plan's clipping, weight, riders
 and share of the noise; the integers are added up, released, decoded, and the hub takes its
 step. Each rule is the one that hub and devices use (:mod:`atoll.privacy.update`,
-:mod:`atoll.federation.riders`, :mod:`~atoll.federation.release`, :func:`rounds.stepped`). What
+:mod:`atoll.federation.riders`, :mod:`~atoll.federation.release`, :func:`progress.stepped`). What
 hides terms on their way (masks, encryption) changes no sum and is left out.
 
 Without noise the result is that of :class:`atoll.federation.engine.InProcessGrid` with the same
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from atoll.federation import layout, parameters, rounds, training
+from atoll.federation import layout, parameters, progress, training
 from atoll.federation.checkpoints import Checkpoint
 from atoll.federation.errors import RoundFailed
 from atoll.federation.layout import Layout
@@ -156,7 +156,7 @@ def _rounds(
         heard = devices.learn(number, state.weights, clip_norm, asked, entropy, state.control, crew)
         if heard.learned is not None:
             failures = 0
-            state = rounds.stepped(state, heard.learned, plan)
+            state = progress.stepped(state, heard.learned, plan)
         elif len(asked) >= plan.cohort.min_devices:
             failures += 1
         seconds = clock() - began
@@ -175,7 +175,7 @@ def _rounds(
         if keep:
             keep(state, done)
         on_round(done)
-        if failures == rounds.PATIENCE:
+        if failures == progress.PATIENCE:
             raise RoundFailed(
                 f"{failures} rounds in a row were thrown away: the updates of too many devices "
                 "diverged; lower training.learning_rate"

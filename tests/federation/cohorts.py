@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from blobs import Blobs, write
@@ -11,8 +12,12 @@ from flwr.clientapp import ClientApp
 
 from atoll.federation import client_app, layout, plan, rounds
 from atoll.federation.checkpoints import Checkpoints
+from atoll.federation.cohort import Cohort, Member
 from atoll.federation.engine import InProcessGrid
 from atoll.federation.kept import Kept
+from atoll.federation.progress import Outcome
+from atoll.federation.run import RoundReport, Run
+from atoll.federation.selection import LeftOut
 from atoll.fleet.identity import Authority, Identity, peer_of
 from atoll.privacy.keystream import Keystream
 from atoll.privacy.modes import PartyIdentity, hub_session, party_session
@@ -50,34 +55,39 @@ class Fleet:
     """Devices in this process: their apps by node id, and the cohort that they make."""
 
     grid: InProcessGrid
-    cohort: rounds.Cohort
+    cohort: Cohort
 
-    def run(
+    def of(
         self,
         the_plan: plan.Plan,
         *,
         run: str = "run",
         charge: Callable[[int], float | None] = lambda _: None,
-        on_round: Callable[[rounds.RoundReport], None] = lambda _: None,
+        on_round: Callable[[RoundReport], None] = lambda _: None,
         checkpoints: Checkpoints | None = None,
         entropy: Keystream | None = None,
-        task: Blobs | None = None,
-    ) -> rounds.Outcome:
-        shape = layout.of(task or Blobs(), the_plan.seed, the_plan.layers)
-        return rounds.run_rounds(
+        left_out: LeftOut | None = None,
+        frozen: str = "",
+    ) -> Run:
+        """Return a run of the plan by these devices."""
+        return Run(
             self.grid,
             the_plan,
             self.cohort,
-            hub_session(the_plan.privacy.mode, self.cohort.roster),
-            lambda number, _: charge(number),
-            on_round,
-            shape.initial,
-            run=run,
+            name=run,
+            session=hub_session(the_plan.privacy.mode, self.cohort.roster),
+            charge=lambda number, _: charge(number),
+            on_round=on_round,
             checkpoints=checkpoints,
             clock=self.grid.clock,
-            entropy=entropy,
-            frozen=shape.frozen,
+            entropy=entropy or Keystream.fresh(),
+            left_out=left_out,
+            frozen=frozen,
         )
+
+    def run(self, the_plan: plan.Plan, *, task: Blobs | None = None, **more: Any) -> Outcome:
+        shape = layout.of(task or Blobs(), the_plan.seed, the_plan.layers)
+        return rounds.run_rounds(self.of(the_plan, frozen=shape.frozen, **more), shape.initial)
 
 
 def fleet(
@@ -96,7 +106,7 @@ def fleet(
     for number in range(1, devices + 1):
         name = f"device-{number}"
         mine = Identity.new()
-        members[name] = rounds.Member(
+        members[name] = Member(
             number, authority.issue_device(mine.csr(name), name, datetime.now(UTC))
         )
         me = PartyIdentity(
@@ -113,5 +123,5 @@ def fleet(
             floor=floors.get(name, client_app.NO_FLOOR),
             kept=kept.get(name),
         )
-    cohort = rounds.Cohort(members, sorted(members), sorted(members))
+    cohort = Cohort(members, sorted(members), sorted(members))
     return Fleet(grid(apps), cohort)

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from blobs import Blobs
@@ -11,7 +12,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from atoll.federation import buffered, parameters, plan, rounds
 from atoll.federation.bundled_grid import BundledGrid
+from atoll.federation.cohort import Cohort, Member
 from atoll.federation.evaluation import ask, evaluate
+from atoll.federation.run import RoundReport, Run
 from atoll.privacy.modes import hub_session
 
 app = ServerApp()
@@ -24,13 +27,13 @@ def main(grid: Grid, context: Context) -> None:
     job = json.loads((folder / f"{context.run_config['job']}.json").read_text())
     the_plan = plan.loads(job["plan"])
     members = {
-        name: rounds.Member(int(node), job["certificates"][name].encode())
+        name: Member(int(node), job["certificates"][name].encode())
         for name, node in job["nodes"].items()
     }
-    cohort = rounds.Cohort(members, job["trainers"], sorted(members))
+    cohort = Cohort(members, job["trainers"], sorted(members))
     reports = []
 
-    def on_round(report: rounds.RoundReport) -> None:
+    def on_round(report: RoundReport) -> None:
         reports.append(
             {
                 "round": report.round,
@@ -44,20 +47,20 @@ def main(grid: Grid, context: Context) -> None:
         (folder / "rounds.json").write_text(json.dumps(reports))
 
     run_plan = buffered.run_buffered if the_plan.asynchrony else rounds.run_rounds
-    done = run_plan(
+    run = Run(
         grid,
         the_plan,
         cohort,
-        hub_session(the_plan.privacy.mode, cohort.roster),
-        lambda *_: None,
-        on_round,
-        parameters.flatten(Blobs().model(the_plan.seed)),
-        run=str(context.run_config["job"]),
+        name=str(context.run_config["job"]),
+        session=hub_session(the_plan.privacy.mode, cohort.roster),
+        charge=lambda *_: None,
+        on_round=on_round,
     )
+    done = run_plan(run, parameters.flatten(Blobs().model(the_plan.seed)))
     survivors = reports[-1]["survivors"]
     nodes = {name: cohort.nodes[name] for name in survivors}
-    there = rounds.Cohort(members, survivors, survivors)
-    scores = evaluate(grid, there, "blobs", done.weights, 20)
+    there = Cohort(members, survivors, survivors)
+    scores = evaluate(replace(run, cohort=there), done.weights)
     started = time.monotonic()
     answers = ask(grid, nodes, "echo", b"ping", 20)
     seconds = time.monotonic() - started

@@ -1,6 +1,6 @@
 """A plan's rule: what is refused before anything starts, and rounds in which devices lie."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +9,10 @@ from blobs import Blobs
 from cohorts import Fleet, fleet, plan_of, varied
 
 from atoll.federation import parameters, plan, rounds, training
-from atoll.federation.errors import BadPlan
+from atoll.federation.errors import BadPlan, RoundFailed
 from atoll.federation.plan import Aggregation
 from atoll.federation.rule import RULES, Rule, needed
+from atoll.federation.run import RoundReport
 from atoll.privacy.errors import BadParameters
 from atoll.privacy.sums import CONTRIBUTE, Integers, PartySum, SumSpec
 
@@ -166,7 +167,7 @@ def test_a_round_steps_by_what_the_rule_makes_of_the_decoded_updates(
     terms: list[Integers] = []
     here = fleet(tmp_path, DEVICES, sums=lambda _, party: Noted(party, terms))
     asked = robust_plan("trimmed-mean", count=1, trim=trim)
-    reports: list[rounds.RoundReport] = []
+    reports: list[RoundReport] = []
     done = here.run(asked, on_round=reports.append)
     unit = 2.0 / (2**15 - 1)  # the clipping norm over the largest integer of 16 bits
     kept = np.sort(np.array(terms), axis=0)[cut : DEVICES - cut] * unit
@@ -180,7 +181,7 @@ def test_a_round_steps_by_what_the_rule_makes_of_the_decoded_updates(
 def test_a_round_with_fewer_than_the_rule_needs_is_thrown_away(tmp_path: Path) -> None:
     here = fleet(tmp_path, DEVICES)
     here.grid.disconnect(3)
-    with pytest.raises(rounds.RoundFailed, match="the plan needs 7"):
+    with pytest.raises(RoundFailed, match="the plan needs 7"):
         here.run(robust_plan("bulyan"))
 
 
@@ -194,13 +195,5 @@ def test_a_session_that_keeps_no_terms_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(BadParameters, match="looks at every update"):
         rounds.run_rounds(
-            here.grid,
-            asked,
-            here.cohort,
-            Summing(),
-            lambda *_: None,
-            lambda _: None,
-            parameters.flatten(Blobs().model(7)),
-            run="run",
-            clock=here.grid.clock,
+            replace(here.of(asked), session=Summing()), parameters.flatten(Blobs().model(7))
         )

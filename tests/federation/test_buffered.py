@@ -15,19 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.federation import buffered, messages, parameters, plan, rounds, training
-from atoll.federation.buffered import run_buffered, weight
+from atoll.federation.buffer import weight
+from atoll.federation.buffered import run_buffered
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.cohort import Cohort
 from atoll.federation.engine import Vanished
 from atoll.federation.errors import BadPlan, RoundFailed
 from atoll.federation.plan import Asynchrony
-from atoll.federation.rounds import Outcome, RoundReport
+from atoll.federation.progress import PATIENCE, Outcome
+from atoll.federation.run import RoundReport, Run
 from atoll.federation.selection import LeftOut, nobody
 from atoll.federation.task import Examples, Split
 from atoll.privacy import update
 from atoll.privacy.errors import BadParameters, BudgetExceeded
 from atoll.privacy.keystream import Keystream
-from atoll.privacy.modes import hub_session
 from atoll.privacy.update import UpdateSpec
 from atoll.simulations.pace import PacedGrid
 
@@ -77,22 +78,17 @@ class Paced:
         on_round: Callable[[RoundReport], None] = lambda _: None,
         checkpoints: Checkpoints | None = None,
         entropy: Keystream | None = None,
-        run: Callable[..., Outcome] = run_buffered,
+        run: Callable[[Run, np.ndarray], Outcome] = run_buffered,
     ) -> Outcome:
-        return run(
-            self.grid,
+        asked = Fleet(self.grid, self.cohort).of(
             the_plan,
-            self.cohort,
-            hub_session(the_plan.privacy.mode, self.cohort.roster),
-            lambda number, _: charge(number),
-            on_round,
-            parameters.flatten(Blobs().model(the_plan.seed)),
-            run="run",
+            charge=charge,
+            on_round=on_round,
             checkpoints=checkpoints,
-            clock=self.grid.clock,
             entropy=entropy,
             left_out=left_out,
         )
+        return run(asked, parameters.flatten(Blobs().model(the_plan.seed)))
 
 
 def paced(folder: Path, seconds: list[float], tasks: Mapping[str, Blobs] | None = None) -> Paced:
@@ -193,6 +189,14 @@ def test_a_slow_device_does_not_hold_up_the_others(tmp_path: Path) -> None:
     )
     assert in_steps.grid.clock.now() < 12 * 1.3
     assert in_rounds.grid.clock.now() >= 12 * 60  # when it counts as dropped out
+
+
+def test_rounds_refuse_a_plan_of_steps_before_anything_is_charged(tmp_path: Path) -> None:
+    here, charged = paced(tmp_path, [1.0] * 3), []
+    with pytest.raises(BadPlan, match=r"a plan with \[asynchrony\] runs in steps"):
+        here.run(asynchronous(2, 2, 2), charge=charged.append, run=rounds.run_rounds)
+    assert charged == []
+    assert here.grid.asked == []
 
 
 def test_no_more_devices_train_at_a_time_than_asked(tmp_path: Path) -> None:
@@ -321,7 +325,7 @@ def test_steps_of_too_few_change_nothing_and_end_the_run(tmp_path: Path) -> None
     with pytest.raises(RoundFailed, match="thrown away"):
         here.run(asynchronous(9, 2, 3), charge=charged.append, on_round=reports.append)
     assert charged == [1, 2, 3]
-    assert [report.survivors for report in reports] == [()] * rounds.PATIENCE
+    assert [report.survivors for report in reports] == [()] * PATIENCE
     assert set(reports[0].dropped) == {"device-1", "device-2", "device-3"}
     first = here.grid.asked[0][3]
     assert all(np.array_equal(start, first) for *_, start in here.grid.asked)

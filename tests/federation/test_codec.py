@@ -24,7 +24,7 @@ from atoll.federation.evaluation import evaluate
 from atoll.federation.kept import Carried, KeptHere
 from atoll.federation.plan import Aggregation, Codec, Plan, Training
 from atoll.federation.riders import Riders
-from atoll.federation.rounds import RoundReport
+from atoll.federation.run import RoundReport
 from atoll.federation.task import Examples, Split
 from atoll.privacy import frames, update
 from atoll.privacy.errors import BadUpdate, Refused
@@ -393,7 +393,7 @@ def test_a_cohort_learns_from_smaller_updates(
     here = fleet(tmp_path, 3, dict.fromkeys(("device-1", "device-2", "device-3"), Smooth()))
     made = varied(coded(plan_of(count=12), how), training={"server_momentum": 0.0, **learning})
     done = here.run(made, task=Smooth())
-    replies = evaluate(here.grid, here.cohort, "blobs", done.weights, 5).values()
+    replies = evaluate(here.of(made), done.weights).values()
     assert sum(one.correct for one in replies) / sum(one.rows for one in replies) > 0.9
 
 

@@ -26,7 +26,7 @@ from atoll.federation.control import Control
 from atoll.federation.errors import BadPlan
 from atoll.federation.kept import Carried, KeptHere
 from atoll.federation.plan import ExamplePrivacy, Training
-from atoll.federation.rounds import RoundReport
+from atoll.federation.run import RoundReport
 from atoll.federation.task import Examples, Split
 from atoll.privacy import update
 from atoll.privacy.errors import BadParameters

@@ -12,7 +12,7 @@ from flwr.app import Message
 from atoll.federation import messages
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.engine import InProcessGrid
-from atoll.federation.rounds import RoundReport
+from atoll.federation.run import RoundReport
 from atoll.federation.task import Examples, Split
 
 

@@ -23,15 +23,18 @@ from sqlalchemy import insert
 
 from atoll.federation import parameters, plan, rounds
 from atoll.federation.checkpoints import Checkpoints
+from atoll.federation.cohort import Cohort, Member
 from atoll.federation.errors import LinkError
 from atoll.federation.evaluation import ask
 from atoll.federation.exchange import SYSTEM_CLOCK
 from atoll.federation.ray_engine import RayGrid, ray_grid
+from atoll.federation.run import RoundReport, Run
 from atoll.federation.warm_node import WarmNode
 from atoll.fleet.certificates import private_pem
 from atoll.privacy.ledger import Ledger, MemoryStore
 from atoll.privacy.modes import hub_session
-from atoll.server import pipeline, runs, schema
+from atoll.server import runs, schema
+from atoll.server.charging import event_of
 from atoll.server.claims import Start
 from atoll.server.runs import ATTEMPT_KEY, RUN_KEY, SERVER_APP
 from atoll.server.server_app import execute
@@ -235,27 +238,27 @@ class Ended(NamedTuple):
 def trained(text: str, dealt: list[Device], fleet: Fleet) -> Ended:
     """Run a plan's rounds over ``dealt``, charged as a run's are."""
     members = {
-        device.name: rounds.Member(fleet.nodes[device.name], device.certificate) for device in dealt
+        device.name: Member(fleet.nodes[device.name], device.certificate) for device in dealt
     }
-    cohort = rounds.Cohort(members, sorted(members), sorted(members))
-    heard: list[rounds.RoundReport] = []
+    cohort = Cohort(members, sorted(members), sorted(members))
+    heard: list[RoundReport] = []
     asked = plan.loads(text)
     ledger = Ledger(MemoryStore(), "digits", None, 1e-5)
 
     def charge(number: int, connected: int) -> float:
-        return ledger.charge(str(number), pipeline.event_of(asked, connected)).epsilon_pld
+        return ledger.charge(str(number), event_of(asked, connected)).epsilon_pld
 
-    outcome = rounds.run_rounds(
+    run = Run(
         fleet.grid,
         asked,
         cohort,
-        hub_session(asked.privacy.mode, cohort.roster),
-        charge,
-        heard.append,
-        parameters.flatten(Digits().model(asked.seed)),
-        run=text,
+        name=text,
+        session=hub_session(asked.privacy.mode, cohort.roster),
+        charge=charge,
+        on_round=heard.append,
         clock=fleet.clock,
     )
+    outcome = rounds.run_rounds(run, parameters.flatten(Digits().model(asked.seed)))
     return Ended(
         outcome.weights.tobytes(),
         [report.survivors for report in heard],

@@ -16,7 +16,7 @@ from atoll.federation.engine import InProcessGrid
 from atoll.federation.errors import BadPlan, RoundFailed
 from atoll.federation.evaluation import evaluate
 from atoll.federation.plan import Plan, loads
-from atoll.federation.rounds import RoundReport
+from atoll.federation.run import RoundReport
 from atoll.federation.task import Examples, Split
 
 WEIGHTS_BYTES = parameters.flatten(Blobs().model(0)).nbytes
@@ -88,7 +88,7 @@ def test_the_accuracy_is_that_of_the_weights_the_run_would_end_with(tmp_path: Pa
     reports: dict[int, RoundReport] = {}
     plan = asking(4, count=4)
     done = here.run(plan, on_round=lambda report: reports.update({report.round: report}))
-    scores = evaluate(here.grid, here.cohort, "blobs", done.weights, 5).values()
+    scores = evaluate(here.of(plan), done.weights).values()
     rows = sum(score.rows for score in scores)
     assert reports[4].evaluated == rows
     assert reports[4].accuracy == sum(score.correct for score in scores) / rows

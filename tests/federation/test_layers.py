@@ -22,6 +22,7 @@ from atoll.federation import (
     parameters,
     personal,
     plan,
+    rounds,
     training,
 )
 from atoll.federation.checkpoints import Checkpoints
@@ -85,7 +86,7 @@ def share(replies: Mapping[str, messages.EvaluateReply]) -> float:
 
 
 def scores(here: Fleet, the_plan: Plan, weights: np.ndarray) -> dict[str, messages.EvaluateReply]:
-    return evaluate(here.grid, here.cohort, "blobs", weights, 5, plan=the_plan, run="run")
+    return evaluate(here.of(the_plan), weights)
 
 
 def test_without_layers_all_weights_travel_as_ever() -> None:
@@ -204,7 +205,7 @@ def test_layers_that_stay_are_in_no_message(tmp_path: Path, layers: Layers, mode
 def test_a_head_of_their_own_serves_devices_that_disagree(tmp_path: Path) -> None:
     task = Contrary()
     shared = fleet(tmp_path / "a", 4, everyone(task, 4))
-    common = layered(Layers(), count=5)
+    common = layered(Layers(), count=5, server_momentum=0.0)
     assert share(scores(shared, common, shared.run(common, task=task).weights)) < 0.75
     here = fleet(tmp_path / "b", 4, everyone(task, 4))
     personalised = layered(HEAD, count=5)
@@ -322,16 +323,7 @@ def test_what_is_frozen_stays_and_the_rest_learns(tmp_path: Path, layers: Layers
     here = fleet(tmp_path, 3)
     the_plan = layered(layers, count=8, learning_rate=0.3)
     made = layout.of(Blobs(), 7, layers)
-    replies = evaluate(
-        here.grid,
-        here.cohort,
-        "blobs",
-        here.run(the_plan).weights,
-        5,
-        plan=the_plan,
-        run="run",
-        frozen=made.frozen,
-    )
+    replies = evaluate(here.of(the_plan, frozen=made.frozen), here.run(the_plan).weights)
     assert share(replies) > 0.9
     before = made.model.state_dict()["1.running_mean"].clone()
     done = training.train(
@@ -375,20 +367,8 @@ def test_layers_that_a_model_lacks_end_a_run_with_the_reason(tmp_path: Path) -> 
 
 
 def rounds_of(here: Fleet, the_plan: Plan, reports: list) -> None:
-    from atoll.federation import rounds
-    from atoll.privacy.modes import hub_session
-
-    rounds.run_rounds(
-        here.grid,
-        the_plan,
-        here.cohort,
-        hub_session("plain", {}),
-        lambda *_: None,
-        reports.append,
-        parameters.flatten(Blobs().model(7)),
-        run="run",
-        clock=here.grid.clock,
-    )
+    run = here.of(the_plan, on_round=reports.append)
+    rounds.run_rounds(run, parameters.flatten(Blobs().model(7)))
 
 
 # --- adapters ---------------------------------------------------------------------------------
@@ -528,7 +508,7 @@ def test_a_fine_tuned_head_is_told_beside_the_global_one(tmp_path: Path) -> None
     replies = scores(here, the_plan, done.weights)
     assert share(replies) < 0.75
     assert sum(one.correct_tuned for one in replies.values()) / 240 > 0.9
-    plainly = evaluate(here.grid, here.cohort, "blobs", done.weights, 5)
+    plainly = scores(here, layered(Layers(), count=4), done.weights)
     assert {name: one.correct for name, one in plainly.items()} == {
         name: one.correct for name, one in replies.items()
     }
@@ -546,9 +526,7 @@ def test_accuracy_between_rounds_is_that_of_devices_with_their_own_layers(tmp_pa
     told = [one.accuracy for one in reports if one.accuracy is not None]
     assert len(told) == 2
     frozen = layout.of(task, 7, layers).frozen
-    last = evaluate(
-        here.grid, here.cohort, "blobs", done.weights, 5, plan=the_plan, run="run", frozen=frozen
-    )
+    last = evaluate(here.of(the_plan, frozen=frozen), done.weights)
     assert told[-1] == pytest.approx(share(last))
     assert told[-1] > 0.85
 

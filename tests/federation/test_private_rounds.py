@@ -18,7 +18,8 @@ from atoll.federation.checkpoints import Checkpoint, Checkpoints
 from atoll.federation.client_app import Floor
 from atoll.federation.cohort import draw
 from atoll.federation.errors import RoundFailed
-from atoll.federation.rounds import PATIENCE, RoundReport
+from atoll.federation.progress import PATIENCE
+from atoll.federation.run import RoundReport
 from atoll.federation.task import Examples, Split
 from atoll.privacy.errors import BadParameters
 from atoll.privacy.keystream import Keystream

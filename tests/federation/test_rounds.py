@@ -10,14 +10,17 @@ import pytest
 import torch
 from blobs import Blobs
 from cohorts import Fleet, fleet, plan_of
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 
-from atoll.federation import client_app, parameters
+from atoll.federation import client_app, interim, messages, parameters
 from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.engine import Vanished
 from atoll.federation.errors import BadCheckpoint, RoundFailed
 from atoll.federation.evaluation import ask, evaluate
 from atoll.federation.plan import ExamplePrivacy, Plan
-from atoll.federation.rounds import PATIENCE, RoundReport
+from atoll.federation.progress import PATIENCE
+from atoll.federation.run import RoundReport
 from atoll.federation.task import Examples, Split
 from atoll.privacy.errors import BadParameters, BudgetExceeded
 from atoll.privacy.ledger import Gaussian, Ledger, MemoryStore
@@ -61,8 +64,8 @@ def test_a_cohort_learns_what_separates_the_classes(tmp_path: Path, mode: str) -
     plan = plan_of(mode, count=4)
     done = here.run(plan, on_round=reports.append)
     before = parameters.flatten(Blobs().model(plan.seed))
-    scores = evaluate(here.grid, here.cohort, "blobs", done.weights, 5)
-    untrained = evaluate(here.grid, here.cohort, "blobs", before, 5)
+    scores = evaluate(here.of(plan), done.weights)
+    untrained = evaluate(here.of(plan), before)
     assert set(scores) == set(here.cohort.members)
     assert accuracy(scores) > 0.9 > accuracy(untrained)
     assert [report.round for report in reports] == [1, 2, 3, 4]
@@ -422,10 +425,38 @@ def test_queries_reach_the_devices_and_failures_leave_the_others(tmp_path: Path)
 def test_evaluation_counts_rows_and_leaves_out_who_fails(tmp_path: Path) -> None:
     here = fleet(tmp_path, 2, {"device-2": Broken()})
     weights = parameters.flatten(Blobs().model(0))
-    scores = evaluate(here.grid, here.cohort, "blobs", weights, 5)
+    scores = evaluate(here.of(plan_of()), weights)
     assert set(scores) == {"device-1"}
     assert scores["device-1"].rows == 60
     assert math.isfinite(scores["device-1"].loss)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        messages.EvaluateReply(rows=2, correct=3, loss=0.1),
+        messages.EvaluateReply(rows=2, correct=-1, loss=0.1),
+        messages.EvaluateReply(rows=-2, correct=-3, loss=0.1),
+        messages.EvaluateReply(rows=2, correct=1, loss=math.nan),
+        messages.EvaluateReply(rows=2, correct=1, loss=0.1, correct_tuned=3),
+        messages.EvaluateReply(rows=2, correct=1, loss=0.1, correct_tuned=-2),
+    ],
+)
+def test_counts_that_cannot_be_are_no_answer(
+    tmp_path: Path, answer: messages.EvaluateReply
+) -> None:
+    here, lying = fleet(tmp_path, 2), ClientApp()
+
+    @lying.evaluate()
+    def say(message: Message, _: Context) -> Message:
+        return Message(messages.pack(answer), reply_to=message)
+
+    here.grid._apps[2] = lying
+    plan = msgspec.structs.replace(plan_of(count=1, least=1), evaluate_every=1)
+    weights = parameters.flatten(Blobs().model(plan.seed))
+    assert set(evaluate(here.of(plan), weights)) == {"device-1"}
+    untrained = RoundReport(1, 0.0, ("device-1",), {}, None, None, 0, 0, 1.0)
+    assert interim.measured(here.of(plan), untrained, weights).evaluated == 60
 
 
 def test_a_device_does_not_train_another_task_or_contribute_out_of_turn(tmp_path: Path) -> None:

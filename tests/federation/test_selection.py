@@ -16,7 +16,6 @@ from atoll.federation.errors import BadPlan, RoundFailed
 from atoll.federation.exchange import Clock
 from atoll.federation.plan import Cohort, Privacy
 from atoll.privacy.keystream import Keystream
-from atoll.privacy.modes import hub_session
 
 TEXT = 'name = "x"\ntask = "t"\nmodel = "m"\n[cohort]\n'
 
@@ -145,18 +144,8 @@ class Rule:
 
 
 def run(here, plan, rule, reports):
-    return rounds.run_rounds(
-        here.grid,
-        plan,
-        here.cohort,
-        hub_session(plan.privacy.mode, here.cohort.roster),
-        lambda number, _: None,
-        reports.append,
-        parameters.flatten(Blobs().model(plan.seed)),
-        run="run",
-        clock=here.grid.clock,
-        left_out=rule,
-    )
+    asked = here.of(plan, on_round=reports.append, left_out=rule)
+    return rounds.run_rounds(asked, parameters.flatten(Blobs().model(plan.seed)))
 
 
 @pytest.mark.parametrize("mode", ["plain", "he", "secagg"])

@@ -14,7 +14,7 @@ from atoll.federation.engine import Vanished
 from atoll.federation.errors import BadPlan
 from atoll.federation.kept import KeptHere
 from atoll.federation.plan import Training
-from atoll.federation.rounds import RoundReport
+from atoll.federation.run import RoundReport
 from atoll.federation.strategies import effective_steps
 from atoll.federation.task import Examples, Split
 from atoll.privacy.errors import BadParameters

@@ -29,7 +29,7 @@ from atoll.federation.errors import BadPlan
 from atoll.federation.flower import claim_run
 from atoll.federation.plan import ExamplePrivacy, Training
 from atoll.federation.riders import Riders
-from atoll.federation.rounds import RoundReport
+from atoll.federation.run import RoundReport
 from atoll.federation.strategies import effective_steps
 from atoll.federation.task import Examples, Split
 from atoll.privacy.update import Sums

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_server_app import NOW, Hub, _plan
 
 from atoll.edge_agent.facts import NODES
-from atoll.server import cohort_rule, device_facts, runs, schema, server_app  # after the path
+from atoll.server import cohort_rule, device_facts, eligibility, runs, schema  # after the path
 from atoll.server.cohort_rule import FACTS, check, left_out
 from atoll.server.errors import BadInput
 
@@ -226,7 +226,7 @@ def test_revoked_devices_are_not_asked_about(hub) -> None:
         connection.execute(update(table).where(table.c.id == "device-1").values(revoked_at=1.0))
         known = device_facts.of_fleet(connection, "waves", ["labels"], now=NOW, fresh=90)
     assert "device-1" not in known
-    assert server_app.left_out(hub.store, runs.loads(_plan()), NOW, 90) == {}
+    assert eligibility.left_out(hub.store, runs.loads(_plan()), NOW, 90) == {}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "contracts"))
 
 from mlflow_server import Tracking, serving  # after the path
 
-from atoll.federation.conversation import RoundReport
+from atoll.federation.run import RoundReport
 from atoll.server import exporting
 from atoll.server.cli import app
 from atoll.server.errors import Unavailable

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from atoll.federation import plan as plans
-from atoll.federation.conversation import RoundReport
 from atoll.federation.errors import BadPlan, DataMissing
+from atoll.federation.run import RoundReport
 from atoll.fleet import bundle as bundles
 from atoll.server import local_run
 from atoll.server.cli import app

@@ -21,6 +21,7 @@ from atoll.fleet import queries
 from atoll.privacy import accounting
 from atoll.privacy.ledger import Gaussian, Ledger, MemoryStore, Unnoised
 from atoll.server import pipeline
+from atoll.server.charging import event_of, example_event
 from atoll.server.recording import MemoryRecorder
 from atoll.server.web_runs import STAGES
 
@@ -154,14 +155,14 @@ def test_a_budget_stops_the_rounds_and_what_was_trained_goes_on(tmp_path):
 
 
 def test_a_round_is_charged_as_one_gaussian_riders_included():
-    assert pipeline.event_of(plan_of(), 8) == Unnoised()
-    assert pipeline.event_of(plan_of(noise=0.8), 8) == Gaussian(0.8)
+    assert event_of(plan_of(), 8) == Unnoised()
+    assert event_of(plan_of(noise=0.8), 8) == Gaussian(0.8)
     riding = varied(
         plan_of(noise=0.8),
         training={"weighting": "capped", "weight_cap": 10},
         privacy={"clip": "adaptive"},
     )
-    event = pipeline.event_of(riding, 8)
+    event = event_of(riding, 8)
     assert event.sampling is None
     assert event.noise_multiplier == pytest.approx((1 / 0.64 + 2 / 16) ** -0.5)
 
@@ -188,11 +189,11 @@ def test_sampling_is_charged_where_it_amplifies_alone():
         cohort={"sampling_rate": 0.1, "min_devices": 30},
         privacy={"noise": "central"},
     )
-    assert pipeline.event_of(central, 1000) == Gaussian(0.8, 0.1)
-    assert pipeline.event_of(central, 400) == Gaussian(0.8)
-    assert pipeline.event_of(central, 600) == Gaussian(0.8)  # of 1000, the others being away
+    assert event_of(central, 1000) == Gaussian(0.8, 0.1)
+    assert event_of(central, 400) == Gaussian(0.8)
+    assert event_of(central, 600) == Gaussian(0.8)  # of 1000, the others being away
     shared = varied(central, privacy={"noise": "distributed"})
-    assert pipeline.event_of(shared, 1000) == Gaussian(0.8)
+    assert event_of(shared, 1000) == Gaussian(0.8)
 
 
 def varied(plan, **sections):
@@ -249,7 +250,7 @@ def test_examples_are_not_trained_on_without_a_ledger_of_theirs(tmp_path):
     plan = plan_of(more=EXAMPLES.format(noise=1))
     with pytest.raises(BadPlan, match="ledger of examples"):
         Fleet(tmp_path).run(plan)
-    assert pipeline.example_event(plan_of()) is None
+    assert example_event(plan_of()) is None
 
 
 def _lies(name, **changes):

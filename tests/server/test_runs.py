@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, select, update
 
-from atoll.federation.conversation import RoundReport
 from atoll.federation.errors import LinkError
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock
 from atoll.federation.flower import RunStatus
+from atoll.federation.run import RoundReport
 from atoll.server import audit, claims, runs
 from atoll.server.auth import Operator
 from atoll.server.claims import ClaimedLedgerStore, Start

@@ -41,7 +41,7 @@ def test_a_side_of_few_devices_is_left_out_and_the_reason_said() -> None:
     found = spread.by_cohort(TALLIES, SIDES, {}, 2)
     assert set(found["spread"]) == {"all", "known"}
     assert found["spread_left_out"] == {"unseen": "1 device, fewer than cohort.min_devices = 2"}
-    assert "| known | 3 |" in "\n".join(model_card.spread(found))
+    assert "| known | 3 |" in "\n".join(model_card._spread(found))
 
 
 def test_labels_make_cohorts() -> None:

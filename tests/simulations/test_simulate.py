@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 
 from atoll.federation import batched, client_app, layout, parameters, rounds, training
 from atoll.federation import plan as plans
+from atoll.federation.cohort import Cohort, Member
 from atoll.federation.engine import InProcessGrid
 from atoll.federation.errors import BadPlan, RoundFailed
+from atoll.federation.run import Run
 from atoll.federation.task import Examples
 from atoll.privacy import modes
 from atoll.privacy.accounting import FixedSample, Gaussian, Unnoised, spent
@@ -93,22 +95,21 @@ def through_the_engine(plan, population, folder: Path):
         apps[device + 1] = client_app.build(
             digits.Digits(), held, lambda _mode, name=name: PlainParty(name), {}
         )
-        members[name] = rounds.Member(device + 1, b"")
+        members[name] = Member(device + 1, b"")
     grid, reports = InProcessGrid(apps), []
     shape = layout.of(digits.Digits(), plan.seed, plan.layers)
-    outcome = rounds.run_rounds(
+    run = Run(
         grid,
         plan,
-        rounds.Cohort(members, list(members), []),
-        modes.hub_session("plain", {}),
-        lambda *_: None,
-        reports.append,
-        shape.initial,
-        run=simulate.RUN,
+        Cohort(members, list(members), []),
+        name=simulate.RUN,
+        session=modes.hub_session("plain", {}),
+        charge=lambda *_: None,
+        on_round=reports.append,
         clock=grid.clock,
         frozen=shape.frozen,
     )
-    return outcome, reports
+    return rounds.run_rounds(run, shape.initial), reports
 
 
 @pytest.mark.parametrize(
