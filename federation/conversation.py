@@ -277,9 +277,10 @@ class Conversation:
         """The instruction to train, one for all devices."""
         plan, spec, riders = self._setting.plan, self._spec, Riders.of(self._setting.plan)
         examples = plan.privacy.examples
+        weights, downlink = parameters.downlink(self._weights, plan.codec.downlink)
         return messages.TrainAsk(
             task=plan.task,
-            weights=parameters.to_bytes(self._weights, plan.codec.downlink),
+            weights=weights,
             seed=plan.seed,
             local_epochs=plan.training.local_epochs,
             batch_size=plan.training.batch_size,
@@ -304,7 +305,7 @@ class Conversation:
             codec=plan.codec.kind,
             codec_share=plan.codec.share or 1.0,
             feedback=plan.codec.feedback,
-            downlink=plan.codec.downlink,
+            downlink=downlink,
             seconds=plan.training.deadline or 0.0,
             control=parameters.to_bytes(self._shared),
             control_scale=control.scale(plan.training),
