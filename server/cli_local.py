@@ -160,8 +160,6 @@ def _how_to_go_on(folder: Path) -> str:
 
 def _put(ended: dict[str, Any], wanted: Wanted, devices: int, candidate: Path | None) -> None:
     """Print what came of a run, but for each device's own accuracy: that is in the JSON."""
-    privacy = (ended["metrics"] or {}).get("privacy", {})
-    spent = privacy.get("epsilon")
     measured = outcome(ended).items()
     put_facts(
         {
@@ -170,7 +168,6 @@ def _put(ended: dict[str, Any], wanted: Wanted, devices: int, candidate: Path | 
             "state": ended["state"],
             "why": ended["reason"],
             "candidate": candidate,
-            "ε": f"{spent:.3g} at δ = {privacy['delta']:g}" if spent is not None else "",
         }
         | {name: value for name, value in measured if not name.startswith("by_device ")}
     )

@@ -20,6 +20,8 @@ PATIENCE: Final = 60.0
 TABLED: Final = ("cohort", "fairness", "spread", "spread_left_out", "turns")
 """Facts that :mod:`atoll.server.cli_cohorts` shows."""
 
+_SPENT: Final = ("epsilon", "delta")
+
 Run = Mapping[str, Any]
 
 
@@ -90,15 +92,24 @@ def facts(one: Run) -> list[str]:
 
 
 def outcome(run: Run) -> dict[str, object]:
-    """Return what a run's metrics say, as names and values to print; but what has tables."""
+    """Return what a run's metrics say, as names and values to print; but what has tables.
+
+    What the population has spent is told once, as ``ε``, wherever the metrics have it.
+    """
+    metrics = run["metrics"] or {}
     facts: dict[str, object] = {}
-    for name, value in sorted((run["metrics"] or {}).items()):
-        if name in TABLED:
+    if (spent := metrics.get("epsilon")) is not None:
+        delta = metrics.get("delta")
+        facts["ε"] = f"{spent:.3g}" + (f" at δ = {delta:g}" if delta is not None else "")
+    for name, value in sorted(metrics.items()):
+        if name in TABLED or name in _SPENT:
             continue
         if isinstance(value, bool | int | float | str):
             facts[name] = _number_of(value)
         elif isinstance(value, Mapping):
             for inner, deeper in sorted(value.items()):
+                if name == "privacy" and inner in _SPENT:
+                    continue
                 pairs = deeper.items() if isinstance(deeper, Mapping) else [("", deeper)]
                 for last, number in pairs:
                     if isinstance(number, int | float):

@@ -145,5 +145,18 @@ def test_metrics_are_shown_however_deep_they_are():
     assert outcome(a_run(metrics=metrics)) == {
         "accuracy known float": "0.99",
         "accuracy known int8": "0.98",
-        "epsilon": "123.5",
+        "ε": "123",
+    }
+
+
+def test_what_was_spent_is_told_once():
+    privacy = {"delta": 1e-5, "epsilon": 2.5, "epsilon_rdp": 2.75, "budget": 3.0}
+    examples = {"examples": {"epsilon": 1.5, "delta": 1e-6}}
+    metrics = {"epsilon": 2.5, "delta": 1e-5, "privacy": privacy | examples}
+    assert outcome(a_run(metrics=metrics)) == {
+        "ε": "2.5 at δ = 1e-05",
+        "privacy budget": "3",
+        "privacy epsilon_rdp": "2.75",
+        "privacy examples delta": "1e-06",
+        "privacy examples epsilon": "1.5",
     }
