@@ -163,6 +163,7 @@ def card(
                 f"{_clipped(plan, facts)}, noise multiplier {privacy.noise_multiplier:g}{against}."
             ),
             "",
+            *model_card.mean(plan),
             (
                 f"Privacy spent so far, by the ledger that this run was charged to: {epsilon} at "
                 f"δ = {privacy.delta:g}. ε speaks of the trained model alone: evaluation counts, "
