@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -16,6 +16,10 @@ ENDED: Final = ("gated", "published", "rejected", "failed", "cancelled")
 POLL_SECONDS: Final = 1.0
 PATIENCE: Final = 60.0
 """Seconds for which a hub that is being restarted may be silent."""
+MOMENT: Final = 2.0
+"""Seconds that something may take before a person is told how far it is."""
+BETWEEN: Final = 10.0
+"""Seconds between two lines of what goes on for long."""
 
 TABLED: Final = ("cohort", "fairness", "spread", "spread_left_out", "turns")
 """Facts that :mod:`atoll.server.cli_cohorts` shows."""
@@ -131,6 +135,49 @@ def put_rounds(run: Run) -> None:
         [_row(done) for done in run["rounds"]],
         "No round is done yet.",
     )
+
+
+@contextmanager
+def counting(
+    what: str, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[int, int], None]]:
+    """Yield what is to be called with how many are done and of how many, as ``what`` goes on.
+
+    It says nothing in the first :data:`MOMENT` seconds; then there is a bar on a terminal, and
+    elsewhere a line at once and after each further :data:`BETWEEN` seconds.
+    """
+    due = clock() + MOMENT
+    with ExitStack() as stack:
+        bar: Callable[[int, int], None] | None = None
+
+        def heard(done: int, total: int) -> None:
+            nonlocal bar, due
+            if bar is not None:
+                bar(done, total)
+            elif clock() < due:
+                return
+            elif sys.stderr.isatty():
+                bar = _counting_bar(what, stack)
+                bar(done, total)
+            else:
+                due = clock() + BETWEEN
+                note(f"{what}: {done:,} of {total:,}")
+
+        yield heard
+
+
+def _counting_bar(what: str, stack: ExitStack) -> Callable[[int, int], None]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,}/{task.total:,} {task.description}", markup=False),
+        TimeRemainingColumn(),
+    )
+    progress = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
+    task = progress.add_task(what, total=1)
+    return lambda done, total: progress.update(task, completed=done, total=total)
 
 
 class RunProgress:

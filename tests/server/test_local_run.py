@@ -14,7 +14,7 @@ from atoll.federation import plan as plans
 from atoll.federation.conversation import RoundReport
 from atoll.federation.errors import BadPlan, DataMissing
 from atoll.fleet import bundle as bundles
-from atoll.server import local_run
+from atoll.server import cli_progress, local_run
 from atoll.server.cli import app
 from atoll.server.errors import AlreadyRunning, Conflict
 from atoll.server.local_run import Followed, opened
@@ -145,6 +145,16 @@ def folders(root, labels):
         if text:
             (path / "labels.toml").write_text(text)
     return paths
+
+
+def test_a_run_that_is_long_in_coming_says_how_many_devices_are_ready(atoll, monkeypatch):
+    monkeypatch.setattr(cli_progress, "MOMENT", 0.0)
+    monkeypatch.setattr(cli_progress, "BETWEEN", 0.0)
+    said = atoll("--engine", "local", "--devices", 3)
+    for what in ("keys made", "devices started"):
+        assert [f"{what}: {done} of 3" for done in (1, 2, 3)] == [
+            line for line in said.stderr.splitlines() if line.startswith(what)
+        ]
 
 
 def test_folders_are_devices_with_the_labels_in_them(tmp_path):
