@@ -46,10 +46,13 @@ Say = Callable[[str], None]
 
 
 class Line(NamedTuple):
-    """A line of a table: what was run, and what was measured, by column, as it is printed."""
+    """A line of a table: what was run, and what was measured, by column.
+
+    A sequence has a number for each seed.
+    """
 
     case: str
-    values: Mapping[str, str]
+    values: Mapping[str, float | Sequence[float]]
 
 
 class Ended(NamedTuple):
@@ -98,9 +101,7 @@ def scaffold(say: Say) -> list[Line]:
             found.append([seen[number] or 0.0 for number in LOOKED_AT])
             say(f"scaffold: {case}, seed {seed}: {ended.accuracy:.3f}")
         columns = zip(LOOKED_AT, zip(*found, strict=True), strict=True)
-        lines.append(
-            Line(case, {f"after {number} rounds": _spread(many) for number, many in columns})
-        )
+        lines.append(Line(case, {f"after {number} rounds": many for number, many in columns}))
     return lines
 
 
@@ -183,10 +184,10 @@ def codec(say: Say) -> list[Line]:
     for case, more in CODECS.items():
         found = _over_seeds(f"codec: {case}", CODEC_ROUNDS, f"{_ALIKE_PLAN}{more}\n", paces, say)
         last = found[-1].reports[-1]
-        values = {
-            "bytes up": f"{last.bytes_up / len(paces):,.0f}",
-            "bytes down": f"{last.bytes_down / len(paces):,.0f}",
-            "accuracy": _spread([one.accuracy for one in found]),
+        values: dict[str, float | Sequence[float]] = {
+            "bytes up": last.bytes_up / len(paces),
+            "bytes down": last.bytes_down / len(paces),
+            "accuracy": [one.accuracy for one in found],
         }
         lines.append(Line(case, values))
     return lines
@@ -213,10 +214,10 @@ def in_steps(say: Say) -> list[Line]:
         found = _over_seeds(f"buffered: {case}", count, f"{_PACED_PLAN}{more}\n", PACES, say)
         slowest = f"device-{len(PACES):02d}"
         heard = [sum(slowest in one.survivors for one in run.reports) for run in found]
-        values = {
-            "seconds": f"{np.mean([one.seconds for one in found]):,.0f}",
-            "updates of the slow device": f"{np.mean(heard):.0f}",
-            "accuracy": _spread([one.accuracy for one in found]),
+        values: dict[str, float | Sequence[float]] = {
+            "seconds": float(np.mean([one.seconds for one in found])),
+            "updates of the slow device": float(np.mean(heard)),
+            "accuracy": [one.accuracy for one in found],
         }
         lines.append(Line(case, values))
     return lines
@@ -231,15 +232,18 @@ TABLES: Final[Mapping[str, Callable[[Say], list[Line]]]] = {
 }
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+def _said(value: float | Sequence[float]) -> str:
+    """Say a number, or the mean of several with the least and the largest."""
+    if isinstance(value, Sequence):
+        return f"{np.mean(value):.3f} ({min(value):.3f} to {max(value):.3f})"
+    return f"{value:,.0f}"
 
 
 def table(lines: Sequence[Line]) -> str:
     """Return lines as a Markdown table."""
     columns = list(lines[0].values)
     told = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    told += [f"| {' | '.join([line.case, *line.values.values()])} |" for line in lines]
+    told += [f"| {' | '.join([line.case, *map(_said, line.values.values())])} |" for line in lines]
     return "\n".join(told)
 
 

@@ -26,8 +26,17 @@ def printed(capsys, name):
     return {row["case"]: row["values"] for row in rows}
 
 
-def number(said):
-    return float(said.split()[0].replace(",", ""))
+def number(value):
+    return value[0] if isinstance(value, list) else value
+
+
+def test_a_table_has_means_and_ranges_over_seeds_and_whole_numbers():
+    lines = [gains.Line("one", {"bytes": 1234.4, "accuracy": [0.5, 0.75, 1.0]})]
+    assert gains.table(lines).splitlines() == [
+        "| | bytes | accuracy |",
+        "|---|---|---|",
+        "| one | 1,234 | 0.750 (0.500 to 1.000) |",
+    ]
 
 
 def test_codecs_are_told_with_the_bytes_that_devices_send(monkeypatch, capsys):
