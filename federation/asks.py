@@ -12,9 +12,10 @@ def training(run: Run, state: Checkpoint, spec: UpdateSpec) -> messages.TrainAsk
     """Return the instruction to train on the weights of ``state``, one for all devices."""
     plan, riders = run.plan, Riders.of(run.plan)
     examples = plan.privacy.examples
+    weights, downlink = parameters.downlink(state.weights, plan.codec.downlink)
     return messages.TrainAsk(
         task=plan.task,
-        weights=parameters.to_bytes(state.weights, plan.codec.downlink),
+        weights=weights,
         seed=plan.seed,
         local_epochs=plan.training.local_epochs,
         batch_size=plan.training.batch_size,
@@ -39,7 +40,7 @@ def training(run: Run, state: Checkpoint, spec: UpdateSpec) -> messages.TrainAsk
         codec=plan.codec.kind,
         codec_share=plan.codec.share or 1.0,
         feedback=plan.codec.feedback,
-        downlink=plan.codec.downlink,
+        downlink=downlink,
         seconds=plan.training.deadline or 0.0,
         control=parameters.to_bytes(state.control),
         control_scale=control.scale(plan.training),

@@ -60,7 +60,7 @@ class SumAsk(msgspec.Struct, frozen=True, kw_only=True, tag="sum"):
 
 
 class TrainAsk(msgspec.Struct, frozen=True, kw_only=True, tag="train"):
-    """Local training: ``weights`` is a float32 little-endian vector.
+    """Local training: ``weights`` is a little-endian vector of the numbers that ``downlink`` says.
 
     How the update becomes a term is :class:`atoll.privacy.update.UpdateSpec`, whose fewest
     survivors the :class:`SumAsk` says; what rides is :class:`atoll.federation.riders.Riders`.

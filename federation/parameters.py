@@ -66,15 +66,20 @@ def mask(model: "nn.Module") -> npt.NDArray[np.bool_]:
 
 
 def to_bytes(vector: Vector, number: Number = "float32") -> bytes:
-    """Return little-endian bytes of numbers of that kind.
-
-    Raises :class:`BadMessage` for weights past 65,504 as ``float16``, which ends there.
-    """
+    """Return little-endian bytes of numbers of that kind; what is too large for it is infinite."""
     with np.errstate(over="ignore"):
-        narrow = vector.astype(_DTYPES[number], copy=False)
-    if number != "float32" and not np.isfinite(narrow).all():
-        raise BadMessage(f"a weight is too large for {number}: set codec.downlink = 'float32'")
-    return narrow.tobytes()
+        return vector.astype(_DTYPES[number], copy=False).tobytes()
+
+
+def downlink(vector: Vector, asked: Number) -> tuple[bytes, Number]:
+    """Return weights as they go to devices, and the numbers that the bytes are.
+
+    They are ``asked``, but float32 where a weight is not finite in it: float16 ends at 65,504.
+    """
+    narrow = to_bytes(vector, asked)
+    if asked != "float32" and not np.isfinite(from_bytes(narrow, asked)).all():
+        return to_bytes(vector), "float32"
+    return narrow, asked
 
 
 def from_bytes(data: bytes, number: Number = "float32") -> Vector:

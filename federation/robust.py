@@ -173,7 +173,8 @@ def fltrust(updates: Updates, trusted: npt.ArrayLike) -> Floats:
     inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
     along = np.zeros(len(norms))
     for where in _blocks(updates):
-        along += (_floats(updates[:, where]) * inverse[:, None]) @ (root[where] / length)
+        turned = _floats(updates[:, where]) * inverse[:, None]
+        along += _product("ij,j->i", turned, root[where] / length)
     trust = np.maximum(along, 0.0)
     total = float(trust.sum())
     if not total:
@@ -247,8 +248,18 @@ def _weighed(updates: Updates, weights: Floats) -> Floats:
     used = np.flatnonzero(weights)
     result = np.zeros(updates.shape[1])
     for where in _blocks(updates):
-        result[where] = weights[used] @ _floats(updates[used, where])
+        result[where] = _product("i,ij->j", weights[used], _floats(updates[used, where]))
     return result
+
+
+def _product(indices: str, left: Floats, right: Floats) -> Floats:
+    """Return ``numpy.einsum``, which leaves BLAS alone and with it the threads of OpenBLAS.
+
+    A product of a matrix and a vector waits for memory: two threads are no faster at it than one,
+    and where other work has the cores each block waits for both.
+    """
+    product: Floats = np.einsum(indices, left, right)
+    return product
 
 
 def _share_of(rows: npt.NDArray[np.intp], n: int) -> Floats:

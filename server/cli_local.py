@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -12,7 +13,7 @@ from atoll.federation import plan as plans
 from atoll.federation.errors import BadPlan, DataMissing, LinkError, TaskMissing
 from atoll.federation.plan import Plan
 from atoll.server.cli_cohorts import put_cohorts
-from atoll.server.cli_progress import RunProgress, outcome, put_rounds
+from atoll.server.cli_progress import RunProgress, counting, outcome, put_rounds
 from atoll.server.client import Failure, Misuse
 from atoll.server.tables import note, put_facts, put_json
 
@@ -80,7 +81,9 @@ def run_here(text: str, wanted: Wanted, *, as_json: bool) -> None:
     with local_run.opened(folder, text, devices, time.time) as run:
         note(f"{'Going on' if run.resumed else 'Running'} in {folder}")
         try:
-            with _engine(simulated, wanted, devices) as fleet, RunProgress() as progress:
+            with ExitStack() as stack:
+                fleet = _started(simulated, wanted, devices, stack)
+                progress = stack.enter_context(RunProgress())
                 ended = run.carry_out(fleet, progress.show)
         except KeyboardInterrupt:
             note(f"\n{_how_to_go_on(folder)}")
@@ -102,15 +105,17 @@ def _devices(simulated: Any, plan: Plan, wanted: Wanted, kept: Path) -> Sequence
 
     try:
         task.find(plan.task)
-        if wanted.examples is not None:
-            found: Sequence[Any] = simulated.found(plan, wanted.examples, kept)
-            return found
-        dealt: Sequence[Any] = simulated.dealt(plan, wanted.devices, kept)
+        with counting("keys made") as heard:
+            made: Sequence[Any] = (
+                simulated.dealt(plan, wanted.devices, kept, heard)
+                if wanted.examples is None
+                else simulated.found(plan, wanted.examples, kept, heard)
+            )
     except BadPlan as error:
         raise Misuse(str(error)) from error
     except (TaskMissing, DataMissing) as error:
         raise Failure(str(error)) from error
-    return dealt
+    return made
 
 
 def _check(plan: Plan, devices: Sequence[Any]) -> None:
@@ -140,12 +145,14 @@ def _check(plan: Plan, devices: Sequence[Any]) -> None:
         raise Misuse(f"the plan cannot be run: {error}") from error
 
 
-def _engine(simulated: Any, wanted: Wanted, devices: Sequence[Any]) -> Any:  # noqa: ANN401 -- loaded by name
+def _started(simulated: Any, wanted: Wanted, devices: Sequence[Any], until: ExitStack) -> Any:  # noqa: ANN401 -- loaded by name
+    """Return the fleet, which runs until the stack is left."""
     if wanted.engine == "local":
-        return simulated.in_process(devices)
+        with counting("devices started") as heard:
+            return until.enter_context(simulated.in_process(devices, heard))
     if importlib.util.find_spec("ray") is None:
         raise Failure("--engine ray needs Ray, which is not installed: pip install 'atoll[ray]'")
-    return simulated.on_ray(devices, wanted.ray_address)
+    return until.enter_context(simulated.on_ray(devices, wanted.ray_address))
 
 
 def _new_folder(plan: Plan) -> Path:
@@ -160,8 +167,6 @@ def _how_to_go_on(folder: Path) -> str:
 
 def _put(ended: dict[str, Any], wanted: Wanted, devices: int, candidate: Path | None) -> None:
     """Print what came of a run, but for each device's own accuracy: that is in the JSON."""
-    privacy = (ended["metrics"] or {}).get("privacy", {})
-    spent = privacy.get("epsilon")
     measured = outcome(ended).items()
     put_facts(
         {
@@ -170,7 +175,6 @@ def _put(ended: dict[str, Any], wanted: Wanted, devices: int, candidate: Path | 
             "state": ended["state"],
             "why": ended["reason"],
             "candidate": candidate,
-            "ε": f"{spent:.3g} at δ = {privacy['delta']:g}" if spent is not None else "",
         }
         | {name: value for name, value in measured if not name.startswith("by_device ")}
     )

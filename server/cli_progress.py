@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -16,9 +16,15 @@ ENDED: Final = ("gated", "published", "rejected", "failed", "cancelled")
 POLL_SECONDS: Final = 1.0
 PATIENCE: Final = 60.0
 """Seconds for which a hub that is being restarted may be silent."""
+MOMENT: Final = 2.0
+"""Seconds that something may take before a person is told how far it is."""
+BETWEEN: Final = 10.0
+"""Seconds between two lines of what goes on for long."""
 
 TABLED: Final = ("cohort", "fairness", "spread", "spread_left_out", "turns")
 """Facts that :mod:`atoll.server.cli_cohorts` shows."""
+
+_SPENT: Final = ("epsilon", "delta")
 
 Run = Mapping[str, Any]
 
@@ -90,15 +96,24 @@ def facts(one: Run) -> list[str]:
 
 
 def outcome(run: Run) -> dict[str, object]:
-    """Return what a run's metrics say, as names and values to print; but what has tables."""
+    """Return what a run's metrics say, as names and values to print; but what has tables.
+
+    What the population has spent is told once, as ``ε``, wherever the metrics have it.
+    """
+    metrics = run["metrics"] or {}
     facts: dict[str, object] = {}
-    for name, value in sorted((run["metrics"] or {}).items()):
-        if name in TABLED:
+    if (spent := metrics.get("epsilon")) is not None:
+        delta = metrics.get("delta")
+        facts["ε"] = f"{spent:.3g}" + (f" at δ = {delta:g}" if delta is not None else "")
+    for name, value in sorted(metrics.items()):
+        if name in TABLED or name in _SPENT:
             continue
         if isinstance(value, bool | int | float | str):
             facts[name] = _number_of(value)
         elif isinstance(value, Mapping):
             for inner, deeper in sorted(value.items()):
+                if name == "privacy" and inner in _SPENT:
+                    continue
                 pairs = deeper.items() if isinstance(deeper, Mapping) else [("", deeper)]
                 for last, number in pairs:
                     if isinstance(number, int | float):
@@ -120,6 +135,49 @@ def put_rounds(run: Run) -> None:
         [_row(done) for done in run["rounds"]],
         "No round is done yet.",
     )
+
+
+@contextmanager
+def counting(
+    what: str, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[int, int], None]]:
+    """Yield what is to be called with how many are done and of how many, as ``what`` goes on.
+
+    It says nothing in the first :data:`MOMENT` seconds; then there is a bar on a terminal, and
+    elsewhere a line at once and after each further :data:`BETWEEN` seconds.
+    """
+    due = clock() + MOMENT
+    with ExitStack() as stack:
+        bar: Callable[[int, int], None] | None = None
+
+        def heard(done: int, total: int) -> None:
+            nonlocal bar, due
+            if bar is not None:
+                bar(done, total)
+            elif clock() < due:
+                return
+            elif sys.stderr.isatty():
+                bar = _counting_bar(what, stack)
+                bar(done, total)
+            else:
+                due = clock() + BETWEEN
+                note(f"{what}: {done:,} of {total:,}")
+
+        yield heard
+
+
+def _counting_bar(what: str, stack: ExitStack) -> Callable[[int, int], None]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,}/{task.total:,} {task.description}", markup=False),
+        TimeRemainingColumn(),
+    )
+    progress = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
+    task = progress.add_task(what, total=1)
+    return lambda done, total: progress.update(task, completed=done, total=total)
 
 
 class RunProgress:

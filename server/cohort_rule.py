@@ -10,8 +10,7 @@ when, is :mod:`atoll.server.device_facts`'.
 """
 
 import itertools
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -19,6 +18,7 @@ import cel
 
 from atoll.server import expressions
 from atoll.server.errors import BadInput
+from atoll.server.expressions import Literal, Name, Node, Part, Select
 
 Known = Mapping[str, Any]
 """What is known of one device, by the name of the fact."""
@@ -53,41 +53,34 @@ _WITNESSES: Final[Mapping[type, tuple[Any, ...]]] = MappingProxyType(
 )
 """Values that stand for all of a type when a rule is tried out."""
 
-_FACT: Final = re.compile(r"\bdevice\s*\.\s*([A-Za-z_]\w*)")
-_ASKED: Final = re.compile(r"\bhas\(\s*device\s*\.\s*([A-Za-z_]\w*)")
-_OTHER: Final = re.compile(r"\bdevice\b(?!\s*\.)")
-_COMPARED: Final = re.compile(
-    r"\bdevice\s*\.\s*([A-Za-z_]\w*)\s*(?:==|!=)\s*"
-    r"(\"[^\"\\]*\"|'[^'\\]*'|true\b|false\b|-?\d+(?:\.\d+)?)"
-)
-_LISTED: Final = re.compile(r"\bdevice\s*\.\s*([A-Za-z_]\w*)\s+in\s+\[([^\]]*)\]")
+_DEVICE: Final = Name("device")
 _FAILED: Final = (ValueError, TypeError, RuntimeError, KeyError)
 
 
 def check(rule: str) -> None:
     """Raise :class:`BadInput`, naming what is at fault, for a rule that cannot be meant so."""
-    program = _compiled(rule)
-    bare = expressions.bare(rule)
-    others = sorted(expressions.names(rule) - {"device"})
+    program, nodes = _compiled(rule)
+    others = sorted({node.text for node in nodes if isinstance(node, Name)} - {_DEVICE.text})
     if others:
         raise _bad(f"{others[0]!r} is nothing that a rule can name", "its facts are device.…")
-    if _OTHER.search(bare):
+    facts = [name for name in map(_fact, nodes) if name is not None]
+    if nodes.count(_DEVICE) > len(facts):
         raise _bad("`device` stands alone", "name its facts as device.power and so on")
-    for name in _FACT.findall(bare):
+    for name in facts:
         if name not in FACTS:
             raise _bad(f"'device.{name}' is no fact", f"the facts are {', '.join(FACTS)}")
-    for name, literal in _COMPARED.findall(rule):
-        _check_literal(name, literal)
-    for name, listed in _LISTED.findall(rule):
-        for literal in expressions.STRING.findall(listed):
+    for node in nodes:
+        for name, literal in _compared(node):
             _check_literal(name, literal)
-    _try_out(program, named(rule))
+    _try_out(program, list(dict.fromkeys(facts)))
 
 
 def left_out(rule: str, known: Mapping[str, Known]) -> dict[str, str]:
     """Return which devices may not train, and why, of those of which something is ``known``."""
-    program, names = _compiled(rule), named(rule)
-    asked = set(_ASKED.findall(expressions.bare(rule)))
+    (program, nodes), names = _compiled(rule), named(rule)
+    asked = {
+        _fact(node.inner[0]) for node in nodes if isinstance(node, Part) and node.kind == "has()"
+    }
     needed = [name for name in names if name not in asked]
     judged: dict[str, str | None] = {}  # many devices are alike, and CEL takes its time
     found = {}
@@ -103,7 +96,30 @@ def left_out(rule: str, known: Mapping[str, Known]) -> dict[str, str]:
 
 def named(rule: str) -> list[str]:
     """Return the facts that a rule names, in its order."""
-    return list(dict.fromkeys(_FACT.findall(expressions.bare(rule))))
+    _, nodes = _compiled(rule)
+    return list(dict.fromkeys(name for name in map(_fact, nodes) if name is not None))
+
+
+def _fact(node: Node) -> str | None:
+    """Return which fact the node is, if it is ``device.…``."""
+    return node.field if isinstance(node, Select) and node.of == _DEVICE else None
+
+
+def _compared(node: Node) -> list[tuple[str, Literal]]:
+    """Return the facts that a node compares with literals, and which."""
+    if not isinstance(node, Part) or len(node.inner) != 2:
+        return []
+    pairs: list[tuple[Node, Node]] = []
+    left, right = node.inner
+    if node.kind in ("==", "!="):
+        pairs = [(left, right), (right, left)]
+    elif node.kind == "in" and isinstance(right, Part) and right.kind == "[]":
+        pairs = [(left, each) for each in right.inner]
+    return [
+        (name, other)
+        for one, other in pairs
+        if (name := _fact(one)) is not None and isinstance(other, Literal)
+    ]
 
 
 def _why_not(program: cel.Program, needed: list[str], shown: list[str], facts: Known) -> str | None:
@@ -127,28 +143,26 @@ def _said(name: str, value: object) -> str:
     return f"device.{name} = {words or value}"
 
 
-def _compiled(rule: str) -> cel.Program:
+def _compiled(rule: str) -> tuple[cel.Program, Sequence[Node]]:
+    """Return what evaluates a rule, and all nodes of its tree."""
     try:
-        return cel.compile(rule)
+        return cel.compile(rule), list(expressions.walk(expressions.tree(rule)))
     except ValueError as error:
         raise _bad(f"no CEL expression: {error}", "see https://cel.dev") from error
 
 
-def _check_literal(name: str, literal: str) -> None:
-    fact = FACTS[name]
-    if literal[0] in "\"'":
-        kind: type = str
-    elif literal in ("true", "false"):
-        kind = bool
-    else:
-        kind = int
-    if kind is not fact.kind:
+def _check_literal(name: str, literal: Literal) -> None:
+    fact, value = FACTS[name], literal.value
+    numbers = fact.kind is int and isinstance(value, float)  # CEL compares them by value
+    if type(value) is not fact.kind and not numbers:
         raise _bad(
-            f"'device.{name}' is compared with {literal}, and it is {_TYPES[fact.kind]}",
+            f"'device.{name}' is compared with {literal.text}, and it is {_TYPES[fact.kind]}",
             "compare it with one",
         )
-    if fact.words and literal[1:-1] not in fact.words:
-        raise _bad(f"'device.{name}' is never {literal}", f"it is one of {', '.join(fact.words)}")
+    if fact.words and value not in fact.words:
+        raise _bad(
+            f"'device.{name}' is never {literal.text}", f"it is one of {', '.join(fact.words)}"
+        )
 
 
 def _try_out(program: cel.Program, names: list[str]) -> None:

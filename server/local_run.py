@@ -158,10 +158,18 @@ class Followed:
         self._heard()
 
     def round(self, report: RoundReport) -> None:
-        """Pass the round on, with the time since the one before; told again it keeps its time."""
+        """Pass the round on, with the time since the one before.
+
+        Told again it keeps its time, and what has gone by since is that of evaluating.
+        """
         now = self._clock()
-        seconds = self._seconds.setdefault(report.round, now - self._since)
-        self._inner.round(replace(report, seconds=seconds))
+        spent, before = now - self._since, self._seconds.get(report.round)
+        if before is None:
+            self._seconds[report.round] = spent
+            report = replace(report, seconds=spent)
+        else:
+            report = replace(report, seconds=before, evaluate_seconds=spent)
+        self._inner.round(report)
         self._since = now
         self._heard()
 
@@ -175,10 +183,7 @@ class Followed:
         self._heard()
 
     def metrics(self, facts: Mapping[str, Any]) -> None:
-        """Pass facts on, with the mean of the times taken."""
-        if "rounds" in facts and self._seconds:
-            mean = sum(self._seconds.values()) / len(self._seconds)
-            facts = {**facts, "rounds": {**facts["rounds"], "seconds": mean}}
+        """Pass facts on."""
         self._inner.metrics(facts)
         self._heard()
 

@@ -75,6 +75,7 @@ def _training(plan: Plan, facts: Facts) -> list[str]:
             f"{_against(plan)}."
         ),
         "",
+        *mean(plan),
         (
             f"Privacy spent so far, by the ledger that this run was charged to: {epsilon} at "
             f"δ = {privacy.delta:g}. ε speaks of the trained model alone: evaluation counts, "
@@ -84,6 +85,54 @@ def _training(plan: Plan, facts: Facts) -> list[str]:
         f"A device that serves the model counts what it serves and ships the counts {counted}.",
         "",
     ]
+
+
+def mean(plan: Plan) -> list[str]:
+    """Return what the mean update was made of: noise, weights, what was sent, and averaging."""
+    return [*_noise(plan), *_weights(plan), _sent(plan), _averaged(plan), ""]
+
+
+def _noise(plan: Plan) -> list[str]:
+    privacy, least = plan.privacy, plan.cohort.min_devices
+    if not privacy.noise_multiplier:
+        return []
+    if privacy.noise == "central":
+        return ["The hub added the noise, to the sum that it had opened."]
+    full = f"with the shares of {least}"
+    if privacy.colluders:
+        full += f", {privacy.colluders} of whom may know theirs"
+    return [f"Each device added its share of the noise; it is in full {full}."]
+
+
+def _weights(plan: Plan) -> list[str]:
+    if plan.aggregation.rule != "mean":
+        return []
+    older = ", and less the older its update was" if plan.asynchrony else ""
+    if plan.training.weighting == "equal":
+        return [f"Each device counted the same{older}."]
+    return [f"A device counted by its examples, up to {plan.training.weight_cap:,}{older}."]
+
+
+def _sent(plan: Plan) -> str:
+    codec = plan.codec
+    feedback = "with" if codec.feedback else "without"
+    said = (
+        "Updates were sent whole"
+        if codec.kind == "none"
+        else f"Of an update a share of {codec.share:g} was sent (`{codec.kind}`, {feedback} error "
+        "feedback)"
+    )
+    down = (
+        "" if codec.downlink == "float32" else f", and weights went to devices as {codec.downlink}"
+    )
+    return f"{said}{down}."
+
+
+def _averaged(plan: Plan) -> str:
+    last = plan.training.averaged_rounds
+    if last == 1:
+        return "The weights are those after the last round."
+    return f"The weights are the mean of those after each of the last {last} rounds."
 
 
 def _part(layers: Mapping[str, int]) -> str:

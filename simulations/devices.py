@@ -55,6 +55,14 @@ LABELS: Final = "labels.toml"
 """A device's labels, beside its examples: TOML, ``name = "value"`` a line."""
 
 
+Heard = Callable[[int, int], None]
+"""Hears after each device how many are done, and of how many."""
+
+
+def _unheard(done: int, total: int) -> None:
+    del done, total
+
+
 class Fleet(NamedTuple):
     """Devices that run: a grid over them, their node ids by name, and the clock to wait by."""
 
@@ -122,11 +130,12 @@ class Dealt:
         return self._population.examples(self._device, split)
 
 
-def dealt(plan: Plan, count: int, kept: Path) -> list[Device]:
+def dealt(plan: Plan, count: int, kept: Path, heard: Heard = _unheard) -> list[Device]:
     """Return ``count`` devices with examples of the plan's task, which its seed deals out.
 
     All carry the labels that the plan asks for. Each process that runs some of them deals anew
-    and comes to the same. Raises what :func:`atoll.simulations.populations.named` does.
+    and comes to the same. ``heard`` follows the making of keys. Raises what
+    :func:`atoll.simulations.populations.named` does.
     """
     _population(plan.task, count, plan.seed)
     width = len(str(count))
@@ -138,12 +147,13 @@ def dealt(plan: Plan, count: int, kept: Path) -> list[Device]:
         )
         for number in range(1, count + 1)
     }
-    return _enrolled(sources, kept)
+    return _enrolled(sources, kept, heard)
 
 
-def found(plan: Plan, folder: Path, kept: Path) -> list[Device]:
+def found(plan: Plan, folder: Path, kept: Path, heard: Heard = _unheard) -> list[Device]:
     """Return a device for each folder in ``folder``, which holds what the plan's task reads.
 
+    ``heard`` follows the making of keys.
     Raises :class:`BadPlan` for folders that are no devices or whose labels cannot be read, and
     :class:`atoll.federation.errors.DataMissing` when the task can read none of them.
     """
@@ -156,18 +166,24 @@ def found(plan: Plan, folder: Path, kept: Path) -> list[Device]:
         except DataMissing as error:
             why = why or str(error)
         else:
-            return _enrolled({data.name: (make, data, _labels(data)) for data in folders}, kept)
+            sources = {data.name: (make, data, _labels(data)) for data in folders}
+            return _enrolled(sources, kept, heard)
     raise DataMissing(f"the task {plan.task!r} finds examples in no folder of {folder}: {why}")
 
 
 @contextmanager
-def in_process(devices: Sequence[Device]) -> Iterator[Fleet]:
+def in_process(devices: Sequence[Device], heard: Heard = _unheard) -> Iterator[Fleet]:
     """Run devices in this process, one after the other; time stands still while they compute.
 
+    ``heard`` follows the making of their ClientApps.
     Torch has one thread meanwhile, as on a device, so that sums of floats have one order.
     """
     nodes = {device.name: number for number, device in enumerate(devices, 1)}
-    grid = InProcessGrid({nodes[device.name]: device.app() for device in devices})
+    apps = {}
+    for device in devices:
+        apps[nodes[device.name]] = device.app()
+        heard(len(apps), len(devices))
+    grid = InProcessGrid(apps)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -188,7 +204,7 @@ def on_ray(devices: Sequence[Device], address: str | None) -> Iterator[Fleet]:
 _Source = tuple[Callable[[], Task], Path, Mapping[str, str]]
 
 
-def _enrolled(sources: Mapping[str, _Source], kept: Path) -> list[Device]:
+def _enrolled(sources: Mapping[str, _Source], kept: Path, heard: Heard) -> list[Device]:
     """Give each device keys and a certificate, of an authority that nobody will see again."""
     now = datetime.now(UTC)
     authority = Authority.create("Atoll without a hub", now)
@@ -208,6 +224,7 @@ def _enrolled(sources: Mapping[str, _Source], kept: Path) -> list[Device]:
                 private_pem(mine.seal),
             )
         )
+        heard(len(devices), len(sources))
     return devices
 
 

@@ -104,7 +104,7 @@ class Devices:
             return _NOTHING
         spec = release.update_spec(plan, clip_norm)
         how = plan.codec
-        weights = parameters.from_bytes(parameters.to_bytes(weights, how.downlink), how.downlink)
+        weights = parameters.from_bytes(*parameters.downlink(weights, how.downlink))
         places = codec.places(how, len(weights), plan.seed, self.run, number)
         sketch = Sketch(how.kind, how.share or 1.0, places)
         crew = crew or self.crew(len(weights), 1)

@@ -517,12 +517,35 @@ def test_the_length_that_rounding_is_checked_for_is_what_is_rounded() -> None:
     assert lengths == [(1000, 1000), (500, 500), (1000, 100)]
 
 
-def test_weights_too_large_for_half_precision_are_said_and_the_others_are_rounded() -> None:
+def test_weights_that_half_precision_holds_are_rounded_and_a_torn_vector_is_refused() -> None:
     vector = np.array([1.0, -65504.0, 1e-3, 1 / 3], np.float32)
-    back = parameters.from_bytes(parameters.to_bytes(vector, "float16"), "float16")
-    assert np.abs(back / vector - 1).max() <= 2.0**-11
-    assert len(parameters.to_bytes(vector, "float16")) == 8
-    with pytest.raises(BadMessage, match="float32"):
-        parameters.to_bytes(np.array([70_000.0], np.float32), "float16")
+    data, number = parameters.downlink(vector, "float16")
+    assert (len(data), number) == (8, "float16")
+    assert np.abs(parameters.from_bytes(data, number) / vector - 1).max() <= 2.0**-11
     with pytest.raises(BadMessage, match="no float16"):
         parameters.from_bytes(b"123", "float16")
+
+
+class Huge(Blobs):
+    """Begins with a weight that float16 does not hold, and that no gradient reaches."""
+
+    def model(self, seed: int) -> nn.Module:
+        made = super().model(seed)
+        made.register_parameter("apart", nn.Parameter(torch.tensor([100_000.0])))
+        return made
+
+
+def test_weights_too_large_for_half_precision_travel_whole_and_the_run_goes_on(
+    tmp_path: Path,
+) -> None:
+    vector = np.array([1 / 3, 70_000.0], np.float32)
+    data, number = parameters.downlink(vector, "float16")
+    assert number == "float32"
+    assert np.array_equal(parameters.from_bytes(data, number), vector)
+    halved = coded(plan_of(count=2), Codec(downlink="float16"))
+    weights, reports = reports_of(tmp_path / "half", halved, Huge())
+    whole, whole_reports = reports_of(tmp_path / "whole", plan_of(count=2), Huge())
+    assert np.array_equal(weights, whole)
+    assert weights[0] == 100_000
+    assert [one.bytes_down for one in reports] == [one.bytes_down for one in whole_reports]
+    assert all(len(one.survivors) == 3 for one in reports)

@@ -1,6 +1,9 @@
 """Each rule against cases done by hand, a slow oracle, and devices that lie without limit."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import get_args
 
@@ -321,6 +324,37 @@ def test_hundredths_are_cut_as_written() -> None:
 def test_a_bound_that_bounds_nothing_is_refused(bound: float) -> None:
     with pytest.raises(BadParameters, match="bound"):
         robust.norm_bound(np.ones((3, 2)), bound)
+
+
+ALONE = """
+import time
+import numpy as np
+from atoll.federation import robust
+from atoll.privacy import update
+
+updates = np.random.default_rng(0).integers(-9, 9, (20, 400_000)).astype(np.int16)
+works = [
+    lambda: robust._weighed(updates, np.full(20, 0.05)),
+    lambda: robust.fltrust(updates, updates[0]),
+    lambda: [update.norm(row) for row in updates],
+]
+for work in works:
+    mine, all_threads = time.thread_time(), time.process_time()
+    work()
+    mine, all_threads = time.thread_time() - mine, time.process_time() - all_threads
+    print(mine, all_threads)
+"""
+
+
+def test_products_with_a_vector_start_no_threads() -> None:
+    """Other threads' CPU time is that of BLAS: it would be as much again as this one's."""
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "4", "OMP_NUM_THREADS": "4"}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True, check=True
+    )
+    for line in done.stdout.splitlines():
+        mine, all_threads = map(float, line.split())
+        assert all_threads < 1.1 * mine + 0.005
 
 
 def test_fltrust_by_hand() -> None:

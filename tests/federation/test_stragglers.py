@@ -94,15 +94,24 @@ def test_enough_that_cannot_work_is_refused(fields: str, said: str) -> None:
         plan.loads(text)
 
 
+BLOBS = Blobs()
+
+
 def ticking(step: float) -> Callable[[], float]:
     """Return a clock that moves on by ``step`` seconds whenever it is looked at."""
     ticks: Iterator[int] = count()
     return lambda: next(ticks) * step
 
 
-def local(tmp_path: Path, seconds: float, now: Callable[[], float], **how: object) -> np.ndarray:
+def local(
+    tmp_path: Path,
+    seconds: float,
+    now: Callable[[], float],
+    task: Blobs = BLOBS,
+    **how: object,
+) -> np.ndarray:
     """Return the term, in floats, of a device with 60 examples in batches of 16."""
-    task, data = Blobs(), write(tmp_path, 1)
+    data = write(tmp_path, 1)
     start = parameters.flatten(task.model(0))
     work = messages.TrainAsk(
         task=task.name,
@@ -156,6 +165,19 @@ def test_a_device_out_of_time_sends_what_it_has_come_to(tmp_path: Path, steps: i
     """The clock is looked at when training starts and after each step, and ticks a second."""
     sent = local(tmp_path, float(steps), ticking(1.0))
     np.testing.assert_allclose(sent, stepped(tmp_path, steps), atol=2e-4)
+
+
+def test_reading_examples_is_no_part_of_the_deadline(tmp_path: Path) -> None:
+    tick, read = ticking(1.0), []
+
+    class Late(Blobs):
+        def load(self, data: Path, split: Split) -> Examples:
+            read.append(100.0)
+            return super().load(data, split)
+
+    sent = local(tmp_path, 3.0, lambda: tick() + sum(read), task=Late())
+    assert read
+    np.testing.assert_allclose(sent, stepped(tmp_path, 3), atol=2e-4)
 
 
 def test_without_a_deadline_no_clock_is_looked_at(tmp_path: Path) -> None:

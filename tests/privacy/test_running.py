@@ -1,6 +1,7 @@
 """The running total is the sum in 64 bits, of terms that keep to the bound and of no others."""
 
-import tracemalloc
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,11 @@ from atoll.privacy import frames, running, terms
 from atoll.privacy.errors import Refused
 from atoll.privacy.running import RunningTotal
 from atoll.privacy.sums import RoundKey, SumSpec
+from benchmarks import process
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import peaks  # after the path
 
 STRETCH = running._STRETCH
 
@@ -62,18 +68,9 @@ def test_nothing_stays_of_a_term_with_a_value_outside_the_bound(bound, sign, dat
 
 def test_it_takes_two_models_of_memory_at_its_end_and_no_more():
     length = 32 * STRETCH
-    term = np.ones(length, np.int16)
-    tracemalloc.start()
-    try:
-        total = RunningTotal(spec(length, 32_767, 100))
-        for _ in range(3):
-            total.add(term)
-        values = total.values()
-        _, most = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert values.nbytes == 2 * 4 * length
-    assert most <= 1.05 * values.nbytes
+    held, most = process.apart(peaks.of_total, length, 3)
+    assert held == 2 * 4 * length
+    assert most <= 1.05 * held
 
 
 @given(st.text(max_size=20), st.integers(1, 9))

@@ -11,7 +11,7 @@ from atoll.fleet import bundle as bundles
 from atoll.fleet.bundle import Golden, Manifest
 from atoll.fleet.features import FeatureSpec
 from atoll.fleet.profile import build
-from atoll.server import candidates
+from atoll.server import candidates, model_card
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -58,6 +58,75 @@ def test_counts_go_without_noise_unless_the_plan_says_so(tmp_path: Path) -> None
     assert "ships the counts without noise" in card
     assert "11" * 32 in card
     assert "22" * 32 in card
+
+
+PLAIN = 'name = "p"\ntask = "t"\nmodel = "m"\n'
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (
+            "",
+            [
+                "Each device counted the same.",
+                "Updates were sent whole.",
+                "The weights are those after the last round.",
+            ],
+        ),
+        (
+            "privacy = { noise_multiplier = 1.0 }\ncohort = { min_devices = 7 }\n",
+            ["Each device added its share of the noise; it is in full with the shares of 7."],
+        ),
+        (
+            "privacy = { noise_multiplier = 1.0, colluders = 2 }\ncohort = { min_devices = 7 }\n",
+            ["with the shares of 7, 2 of whom may know theirs."],
+        ),
+        (
+            'privacy = { noise_multiplier = 1.0, noise = "central" }\n',
+            ["The hub added the noise, to the sum that it had opened."],
+        ),
+        (
+            'training = { weighting = "capped", weight_cap = 1200, averaged_rounds = 3 }\n',
+            [
+                "A device counted by its examples, up to 1,200.",
+                "The weights are the mean of those after each of the last 3 rounds.",
+            ],
+        ),
+        (
+            'codec = { kind = "random-mask", share = 0.1, downlink = "float16" }\n',
+            [
+                "Of an update a share of 0.1 was sent (`random-mask`, without error feedback), and",
+                "and weights went to devices as float16.",
+            ],
+        ),
+        (
+            'codec = { kind = "top-k", share = 0.05 }\nprivacy = { mode = "plain" }\n',
+            ["Of an update a share of 0.05 was sent (`top-k`, with error feedback)."],
+        ),
+        (
+            'asynchrony = { buffer = 2, concurrency = 3 }\nprivacy = { mode = "plain" }\n',
+            ["Each device counted the same, and less the older its update was."],
+        ),
+    ],
+)
+def test_the_card_says_what_the_mean_was_made_of(more: str, says: list[str]) -> None:
+    said = "\n".join(model_card.mean(plans.loads(PLAIN + more)))
+    for sentence in says:
+        assert sentence in said
+    assert ("noise" in said) == ("noise_multiplier" in more)
+
+
+def test_a_rule_that_is_no_mean_weighs_no_device_and_the_bundles_card_says_the_rest(
+    tmp_path: Path,
+) -> None:
+    median = (
+        'aggregation = { rule = "median", byzantine = 1 }\nprivacy = { mode = "plain" }\n'
+        "cohort = { min_devices = 3 }\n"
+    )
+    assert "counted" not in "\n".join(model_card.mean(plans.loads(PLAIN + median)))
+    written(tmp_path, "")
+    assert "Updates were sent whole." in (tmp_path / bundles.CARD).read_text()
 
 
 def test_a_manifest_from_before_there_was_noise_asks_for_none(tmp_path: Path) -> None:

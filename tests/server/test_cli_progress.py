@@ -7,8 +7,11 @@ import re
 import pytest
 
 from atoll.server.cli_progress import (
+    BETWEEN,
+    MOMENT,
     PATIENCE,
     RunProgress,
+    counting,
     describe,
     follow,
     lines,
@@ -93,6 +96,36 @@ def test_an_accuracy_that_comes_after_its_round_is_a_line_of_its_own():
     assert lines(after, after) == []
 
 
+def test_what_takes_a_moment_is_not_counted_aloud(capsys):
+    now = itertools.count(0.0, MOMENT / 10)
+    with counting("keys made", lambda: next(now)) as heard:
+        for done in range(1, 9):
+            heard(done, 8)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_takes_long_says_how_far_it_is_now_and_then(capsys):
+    now = itertools.count()  # seconds, one a look: a device takes one, and a line one more
+    with counting("keys made", lambda: next(now)) as heard:
+        for done in range(1, 10_001):
+            heard(done * 10, 100_000)
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == ["keys made: 20 of 100,000", "keys made: 120 of 100,000"]
+    assert 10_000 / (BETWEEN + 1) - 2 < len(said) < 10_000 / BETWEEN + 2
+
+
+def test_on_a_terminal_what_takes_long_has_a_bar(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    now = itertools.count(0.0, MOMENT)
+    with counting("keys made", lambda: next(now)) as heard:
+        heard(1, 100_000)
+        heard(70_000, 100_000)
+    assert "70,000/100,000 keys made" in screen.getvalue()
+
+
 def test_a_lost_round_and_the_one_that_makes_up_for_it_are_one_of_those_planned():
     run = a_run("gated", done=4)
     run["rounds"][1] |= {"survivors": [], "lost": True, "loss": None, "seconds": 0.0}
@@ -145,5 +178,18 @@ def test_metrics_are_shown_however_deep_they_are():
     assert outcome(a_run(metrics=metrics)) == {
         "accuracy known float": "0.99",
         "accuracy known int8": "0.98",
-        "epsilon": "123.5",
+        "ε": "123",
+    }
+
+
+def test_what_was_spent_is_told_once():
+    privacy = {"delta": 1e-5, "epsilon": 2.5, "epsilon_rdp": 2.75, "budget": 3.0}
+    examples = {"examples": {"epsilon": 1.5, "delta": 1e-6}}
+    metrics = {"epsilon": 2.5, "delta": 1e-5, "privacy": privacy | examples}
+    assert outcome(a_run(metrics=metrics)) == {
+        "ε": "2.5 at δ = 1e-05",
+        "privacy budget": "3",
+        "privacy epsilon_rdp": "2.75",
+        "privacy examples delta": "1e-06",
+        "privacy examples epsilon": "1.5",
     }

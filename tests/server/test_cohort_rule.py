@@ -5,6 +5,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import cel
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_server_app import NOW, Hub, _plan
 
 from atoll.edge_agent.facts import NODES
-from atoll.server import cohort_rule, device_facts, eligibility, runs, schema  # after the path
+from atoll.server import (  # after the path
+    cohort_rule,
+    device_facts,
+    eligibility,
+    expressions,
+    policy,
+    runs,
+    schema,
+)
 from atoll.server.cohort_rule import FACTS, check, left_out
 from atoll.server.errors import BadInput
 
@@ -75,11 +84,60 @@ def test_a_rule_lets_who_meets_it_and_no_other(rule, falls_short) -> None:
         ('device["power"] == "mains"', "stands alone"),
         ('device.power = "mains"', "no CEL expression"),
         ("sooner(device.rows)", "cannot be evaluated"),
+        ('"mians" == device.power', r"'device\.power' is never \"mians\""),
+        ("'mians' != (device.power)", r"'device\.power' is never 'mians'"),
+        ("-1 == device.power", r"'device\.power' is compared with -1.*text"),
+        ('"""mains" """ == device.power', "is never"),
+        (r'device.power == "mains\n"', "is never"),
+        ('!device.drifted && (device.drifted || "x" == device.state)', "'device.state' is never"),
+        (r'device.network in ["wifi", r"l\an"]', r"'device\.network' is never r\"l\\an\""),
+        ('["a"].exists(device, device == "a") && device', "stands alone"),
+        ("device.labels == 'north'", "a map"),
+        (".device.drifted", r"'\.device' is nothing"),
     ],
 )
 def test_what_is_wrong_with_a_rule_is_named(rule, at_fault) -> None:
     with pytest.raises(BadInput, match=f"(?s)cohort.rule.*{at_fault}"):
         check(rule)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        'device.power == "ma" + "ins"',
+        '"ma" + "ins" == device.power',
+        'device.power + "" == "mains"',
+        'device.power == (device.drifted ? "battery" : "mains")',
+        r'device.power == "m\u0061ins"',
+        "device.rows == 512.0",
+        'device.labels.device == "this one" || "mains" == device.power',
+        'device.labels["note"] != "it\'s: device.power == \'mians\'" || device.power == "mains"',
+        """r'\\' == device.labels.site || device.power == "mains" // or device.power == "x\n""",
+        '["x"].exists(device, device == "x") && device.power == "mains"',
+        'device.power in ["ma" + "ins"]',
+        'device.drifted == false == (device.power == "mains")',
+    ],
+)
+def test_only_what_a_fact_is_compared_with_is_held_against_it(rule) -> None:
+    check(rule)
+    labels = {"device": "that one", "note": "it's: device.power == 'mians'", "site": "north"}
+    assert allowed(rule, labels=labels)
+
+
+def test_a_tree_has_the_names_that_cel_itself_finds() -> None:
+    written = [
+        "a.b.c(d, [e, 1u, -0x1F], {f: g.h, 'i': j}) ? k[l] : -m % .5e3 + 1.5",
+        "!a && (b || c) == d in e || f <= g != h > (i - j) / k * l",
+        "size(a.b) >= 2 && b'device' == c && 'x'.startsWith(d) && has(e.f)",
+        'r"\\" + a + """b " c""" + \'"d"\' + e // + f',
+        ".a.b == true && null != c",
+        *(rule.expression for rule in policy.RULES),
+    ]
+    for expression in written:
+        assert expressions.names(expression) == set(cel.compile(expression).variables())
+    bound = "a.map(x, x + y).filter(y, y.exists_one(z, z == x)) + z"
+    assert expressions.names(bound) == {"a", "y", "x", "z"}
+    assert expressions.names("a.all(x, a.map(y, x + y) == x)") == {"a"}
 
 
 def test_names_within_strings_are_no_facts() -> None:

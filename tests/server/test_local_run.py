@@ -14,7 +14,7 @@ from atoll.federation import plan as plans
 from atoll.federation.errors import BadPlan, DataMissing
 from atoll.federation.run import RoundReport
 from atoll.fleet import bundle as bundles
-from atoll.server import local_run
+from atoll.server import cli_progress, local_run
 from atoll.server.cli import app
 from atoll.server.errors import AlreadyRunning, Conflict
 from atoll.server.local_run import Followed, opened
@@ -64,6 +64,8 @@ def test_an_interrupted_run_goes_on_and_has_spent_what_it_had(tmp_path):
     assert ended["state"] == "gated", ended["reason"]
     assert [one["round"] for one in ended["rounds"]] == [1, 2, 3, 4]
     assert all(one["seconds"] > 0 for one in ended["rounds"])
+    taken = [one["seconds"] for one in ended["rounds"]]
+    assert ended["metrics"]["rounds"]["seconds"] == pytest.approx(sum(taken) / 4)
     straight, _ = carry_out(tmp_path / "straight", text, dealt(tmp_path))
     spent = [one["epsilon"] for one in straight["rounds"]]
     assert [one["epsilon"] for one in ended["rounds"]] == spent
@@ -107,18 +109,20 @@ def test_other_devices_do_not_go_on_with_a_run(tmp_path):
         carry_out(tmp_path / "run", plan_of(), dealt(tmp_path, 4))
 
 
-def test_rounds_are_timed_where_the_clock_of_the_run_stands_still():
+def test_rounds_and_evaluating_are_timed_where_the_clock_of_the_run_stands_still():
     ticks = iter([0.0, 1.0, 3.0, 50.0, 54.0])
     inner, heard = MemoryRecorder(), []
     recorder = Followed(inner, lambda: heard.append(1), lambda: next(ticks))
     report = RoundReport(1, 0.0, ("a",), {}, 0.5, None, 1, 1, 1.0)
     recorder.stage("train")
     recorder.round(report)
-    recorder.round(replace(report, loss=0.4))  # as a round is, once it has been evaluated
+    recorder.round(replace(report, accuracy=0.4))  # as a round is, once it has been evaluated
     recorder.round(replace(report, round=2))
-    recorder.metrics({"rounds": {"planned": 2, "seconds": 0.0}, "epsilon": None})
-    assert [one.seconds for one in inner.rounds] == [2.0, 4.0]
-    assert inner.facts == {"rounds": {"planned": 2, "seconds": 3.0}, "epsilon": None}
+    recorder.metrics({"epsilon": None})
+    told = recorder.rounds_told()
+    assert [one.seconds for one in told] == [2.0, 4.0]
+    assert [one.evaluate_seconds for one in told] == [47.0, 0.0]
+    assert inner.facts == {"epsilon": None}
     assert len(heard) == 5
 
 
@@ -141,6 +145,16 @@ def folders(root, labels):
         if text:
             (path / "labels.toml").write_text(text)
     return paths
+
+
+def test_a_run_that_is_long_in_coming_says_how_many_devices_are_ready(atoll, monkeypatch):
+    monkeypatch.setattr(cli_progress, "MOMENT", 0.0)
+    monkeypatch.setattr(cli_progress, "BETWEEN", 0.0)
+    said = atoll("--engine", "local", "--devices", 3)
+    for what in ("keys made", "devices started"):
+        assert [f"{what}: {done} of 3" for done in (1, 2, 3)] == [
+            line for line in said.stderr.splitlines() if line.startswith(what)
+        ]
 
 
 def test_folders_are_devices_with_the_labels_in_them(tmp_path):
@@ -211,7 +225,8 @@ def test_a_run_that_a_gate_refuses_ends_with_1_and_shows_its_rounds(atoll, tmp_p
     said = atoll("--engine", "local", "--devices", 3, "--out", "out")
     assert said.exit_code == 1
     assert "better than chance" in said.stderr
-    assert "at δ = 1e-05" in said.stdout
+    assert said.stdout.count("at δ = 1e-05") == 1
+    assert not [line for line in said.stdout.splitlines() if line.startswith("epsilon")]
     assert said.stdout.splitlines()[-1].split()[0] == "1"
     assert not (tmp_path / "out" / "candidates").exists()
 

@@ -2,7 +2,7 @@
 
 import json
 import pickle
-import tracemalloc
+import sys
 from pathlib import Path
 
 import msgspec
@@ -36,6 +36,11 @@ from atoll.simulations import (
 )
 from atoll.simulations.populations import DirichletPopulation, Simulated, named
 from atoll.simulations.spar import Spar
+from benchmarks import process
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import peaks  # after the path
 
 PLAN = """
 name = "test"
@@ -310,15 +315,6 @@ def test_what_cannot_be_simulated_is_refused(changes, devices, cohort, error) ->
         simulated(plan_of(**changes), devices, cohort)
 
 
-def peak(work) -> int:
-    work()  # what is made once
-    tracemalloc.start()
-    work()
-    _, most = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    return most
-
-
 @pytest.mark.parametrize("task", ["digits", "spar"])
 def test_a_population_is_as_large_whatever_its_size(task) -> None:
     few, many = (named(task, size, 0).population for size in (100, 100_000))
@@ -326,35 +322,14 @@ def test_a_population_is_as_large_whatever_its_size(task) -> None:
     assert few.examples(7, "train").x.shape[1:] == many.examples(99_999, "train").x.shape[1:]
 
 
-@pytest.mark.parametrize("rate", [None, 0.01])
-def test_a_round_takes_as_much_memory_whatever_the_population(rate) -> None:
-    """Without training: what drawing, making examples and reporting need."""
-
-    def round_of(size):
-        expected = 50
-        population = named("digits", size, 0).population
-        share = None if rate is None else expected / size
-        plan = plan_of(cohort={"sampling_rate": share, "min_devices": 2})
-        trainer = trainers.Trainer(
-            lambda weights, clients: (
-                training.Trained(weights + len(one.examples.y) * 1e-6, 0.0, 1) for one in clients
-            ),
-            "batched",
-        )
-        cohort = expected if rate is None else None
-        devices = learning.Devices(plan, population, cohort, trainer, "memory")
-        weights = np.zeros(4810, np.float32)
-
-        def work():
-            entropy = Keystream.replayable(1)
-            drawn = cohorts.drawn(plan, size, cohort, entropy)
-            assert 20 < len(drawn) < 90
-            assert devices.learn(1, weights, 1.0, drawn, entropy).survivors == len(drawn)
-
-        return peak(work)
-
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_round_takes_as_much_memory_whatever_the_population(sampled) -> None:
+    sizes = (100, 100_000)
+    rates = [f"sampling_rate = {50 / size}\n" if sampled else "" for size in sizes]
+    texts = [PLAN.replace("[cohort]\n", f"[cohort]\n{rate}") for rate in rates]
+    few, many = process.apart(peaks.of_rounds, texts, sizes, None if sampled else 50)
     block = 5 * 8 * cohorts.BLOCK  # the coins of a block of devices, a few times over
-    assert round_of(100_000) < round_of(100) + block
+    assert many < few + block
     assert block < 8 * 100_000
 
 
