@@ -284,7 +284,7 @@ def test_what_cannot_be_is_refused_before_anything_is_charged(tmp_path: Path) ->
     here = fleet(tmp_path, 4)
     rare = varied(plan_of(least=3), cohort={"sampling_rate": 0.5})
     telling = varied(plan_of(noise=1.0), privacy={"delta": 0.25})
-    for plan, says in ((rare, "raise sampling_rate"), (telling, "delta")):
+    for plan, says in ((rare, "raise cohort.sampling_rate"), (telling, "delta")):
         with pytest.raises(BadParameters, match=says):
             here.run(plan, charge=charged.append)
     assert charged == []

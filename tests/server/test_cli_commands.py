@@ -206,7 +206,7 @@ def test_a_run_is_shown_with_its_rounds_and_what_it_measured(atoll, running):
     assert shown.exit_code == 0, shown.stderr
     facts = [line.split() for line in shown.stdout.splitlines()]
     assert ["accuracy", "known", "int8", "0.981"] in facts
-    assert ["epsilon", "812.5"] in facts
+    assert ["ε", "812"] in facts
     assert len([line for line in shown.stdout.splitlines() if "0.5000" in line]) == 2
 
 
