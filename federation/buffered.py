@@ -77,7 +77,7 @@ def run_buffered(run: Run, initial: Vector) -> Outcome:
         state = replace(state, turns=selection.after(state.turns, buffer.asked))
         if buffer.makes_a_step:
             failures = 0
-            state = progress.stepped(state, buffer.learned(run.entropy), plan)
+            state = progress.stepped(state, buffer.learned(run.entropy), plan, run.running)
             state = replace(state, counted={**state.counted, **buffer.folded})
         else:
             failures += 1

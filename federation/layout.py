@@ -34,6 +34,7 @@ import numpy.typing as npt
 from atoll.federation.errors import BadMessage, BadPlan
 from atoll.federation.parameters import Vector, flatten, unflatten
 from atoll.federation.plan import Layers
+from atoll.federation.running_statistics import Running
 from atoll.federation.task import Task
 
 if TYPE_CHECKING:
@@ -104,6 +105,17 @@ class Layout:
         """A digest of the weights that nobody trains; empty when there are none."""
         rest = self.start[~(self._travels | self._local)]
         return hashlib.sha256(rest.astype("<f4").tobytes()).hexdigest() if rest.size else ""
+
+    @property
+    def running(self) -> Running | None:
+        """Which of what travels are running statistics; none where there are none."""
+        parameters = {name for name, _ in self.model.named_parameters()}
+        names = {name for name, _ in self._entries} - parameters
+        places = self.travelling(self._places(names))
+        if not places.any():
+            return None
+        variances = {name for name in names if name.endswith("running_var")}
+        return Running(places, self.travelling(self._places(variances)))
 
     def travelling(self, whole: npt.NDArray[Kind]) -> npt.NDArray[Kind]:
         """Return a copy of what travels of all weights, ``(n,)``."""

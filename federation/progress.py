@@ -18,6 +18,7 @@ from atoll.federation.conversation import Learned
 from atoll.federation.parameters import Vector
 from atoll.federation.plan import Plan
 from atoll.federation.run import RoundReport, Run
+from atoll.federation.running_statistics import Running
 from atoll.privacy import modes
 from atoll.privacy.errors import Refused
 
@@ -121,12 +122,15 @@ def gathered(run: Run, hoped: int) -> tuple[list[str], list[str]]:
     return allowed, present
 
 
-def stepped(state: Checkpoint, learned: Learned, plan: Plan) -> Checkpoint:
+def stepped(state: Checkpoint, learned: Learned, plan: Plan, running: Running | None) -> Checkpoint:
     """Return the state after the round that has begun, of which ``learned`` came."""
     strategy = strategies.of(plan.training)
     before = state.moments or strategy.init(len(state.weights))
     moments, update = strategy.step(before, learned.mean)
-    weights = state.weights + update
+    if running is None:
+        weights = state.weights + update
+    else:
+        weights = running.followed(state.weights, update, learned.mean)
     tail, tailed = state.tail, state.tailed
     if state.begun > plan.rounds + state.lost - plan.training.averaged_rounds:
         tailed += 1

@@ -80,7 +80,7 @@ def run_rounds(run: Run, initial: Vector) -> Outcome:
         learned = talk.learn()
         if learned is not None:
             failures = 0
-            state = progress.stepped(state, learned, plan)
+            state = progress.stepped(state, learned, plan, run.running)
             state = replace(state, session=run.session.dump(), counted=talk.counted)
         elif number == repeated:
             state = replace(state, lost=state.lost + 1)

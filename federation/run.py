@@ -17,6 +17,7 @@ from atoll.federation.checkpoints import Checkpoints
 from atoll.federation.cohort import Cohort
 from atoll.federation.exchange import SYSTEM_CLOCK, Clock
 from atoll.federation.plan import Plan
+from atoll.federation.running_statistics import Running
 from atoll.federation.selection import LeftOut
 from atoll.privacy.keystream import Keystream
 from atoll.privacy.modes import HubSession
@@ -68,7 +69,8 @@ class Run:
     after which devices were asked for the accuracy. ``entropy`` is what cohorts and the hub's
     noise are drawn from: a fresh keystream, but for tests. ``left_out`` says before each round
     who may not train; a plan with a ``cohort.rule`` does not run without. ``frozen`` is the digest
-    of the weights that nobody trains (:class:`atoll.federation.layout.Layout`).
+    of the weights that nobody trains (:class:`atoll.federation.layout.Layout`); ``running`` says
+    which of those that travel are running statistics.
     """
 
     grid: Grid
@@ -83,3 +85,4 @@ class Run:
     entropy: Keystream = field(default_factory=Keystream.fresh)
     left_out: LeftOut | None = None
     frozen: str = ""
+    running: Running | None = None

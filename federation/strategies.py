@@ -15,9 +15,9 @@ privacy: what is made of a release is no further release.
 FedAvgM is Hsu, Qi and Brown, arXiv 1909.06335. The adaptive three are algorithm 2 of Reddi et
 al., "Adaptive Federated Optimization" (ICLR 2021), with v₋₁ = τ² and without a correction of
 the first rounds' bias, as there. They take a step of about η for each weight, whatever the
-length of the update; a weight of which a sum holds only noise walks as far as the others. A
-running statistic of a batch-norm layer is a weight like any other to them, and a variance may
-come out negative: models for them normalise by group or layer, as the paper's do.
+length of the update; a weight of which a sum holds only noise walks as far as the others. The
+running statistics of a batch-norm layer are no weights to any of them
+(:mod:`atoll.federation.running_statistics`).
 
 FedProx and FedNova are the device's part. The proximal term is in
 :class:`atoll.federation.training.Sgd`; :func:`effective_steps` is FedNova's count of local

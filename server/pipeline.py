@@ -137,6 +137,7 @@ def run(
             plan.cohort.rule, job.left_out, trainers, lambda found: note(cohort=found)
         ),
         frozen=shape.frozen,
+        running=shape.running,
     )
     outcome = (buffered.run_buffered if plan.asynchrony else rounds.run_rounds)(going, initial)
     note(**_of_training(plan, outcome, recorder.rounds_told(), accounts.facts()))

@@ -132,6 +132,7 @@ def play(plan: Plan, folder: Path, paces: Sequence[float]) -> Ended:
         on_round=reports.append,
         clock=grid.clock,
         frozen=shape.frozen,
+        running=shape.running,
     )
     run_plan = buffered.run_buffered if plan.asynchrony else rounds.run_rounds
     outcome = run_plan(run, shape.initial)

@@ -134,7 +134,7 @@ def _rounds(
 ) -> Ended:
     """Run the rounds from ``state`` on."""
     plan, population, cohort, name = devices.plan, devices.population, devices.cohort, devices.run
-    model = shape.model
+    model, running = shape.model, shape.running
     failures = 0
     ledger = Ledger(MemoryStore(), plan.model, plan.privacy.budget_epsilon, plan.privacy.delta)
     event = cost(plan, population.size, cohort)
@@ -156,7 +156,7 @@ def _rounds(
         heard = devices.learn(number, state.weights, clip_norm, asked, entropy, state.control, crew)
         if heard.learned is not None:
             failures = 0
-            state = progress.stepped(state, heard.learned, plan)
+            state = progress.stepped(state, heard.learned, plan, running)
         elif len(asked) >= plan.cohort.min_devices:
             failures += 1
         seconds = clock() - began

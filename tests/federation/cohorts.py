@@ -17,6 +17,7 @@ from atoll.federation.engine import InProcessGrid
 from atoll.federation.kept import Kept
 from atoll.federation.progress import Outcome
 from atoll.federation.run import RoundReport, Run
+from atoll.federation.running_statistics import Running
 from atoll.federation.selection import LeftOut
 from atoll.fleet.identity import Authority, Identity, peer_of
 from atoll.privacy.keystream import Keystream
@@ -68,6 +69,7 @@ class Fleet:
         entropy: Keystream | None = None,
         left_out: LeftOut | None = None,
         frozen: str = "",
+        running: Running | None = None,
     ) -> Run:
         """Return a run of the plan by these devices."""
         return Run(
@@ -83,11 +85,13 @@ class Fleet:
             entropy=entropy or Keystream.fresh(),
             left_out=left_out,
             frozen=frozen,
+            running=running,
         )
 
     def run(self, the_plan: plan.Plan, *, task: Blobs | None = None, **more: Any) -> Outcome:
         shape = layout.of(task or Blobs(), the_plan.seed, the_plan.layers)
-        return rounds.run_rounds(self.of(the_plan, frozen=shape.frozen, **more), shape.initial)
+        run = self.of(the_plan, frozen=shape.frozen, running=shape.running, **more)
+        return rounds.run_rounds(run, shape.initial)
 
 
 def fleet(

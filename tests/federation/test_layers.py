@@ -205,7 +205,7 @@ def test_layers_that_stay_are_in_no_message(tmp_path: Path, layers: Layers, mode
 def test_a_head_of_their_own_serves_devices_that_disagree(tmp_path: Path) -> None:
     task = Contrary()
     shared = fleet(tmp_path / "a", 4, everyone(task, 4))
-    common = layered(Layers(), count=5, server_momentum=0.0)
+    common = layered(Layers(), count=5)
     assert share(scores(shared, common, shared.run(common, task=task).weights)) < 0.75
     here = fleet(tmp_path / "b", 4, everyone(task, 4))
     personalised = layered(HEAD, count=5)
