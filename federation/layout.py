@@ -93,6 +93,7 @@ class Layout:
                 "layers.local keeps all that is trained on the devices, so there is nothing to "
                 "add up: name fewer layers in it"
             )
+        self._everything = bool(self._travels.all())
         self._train({*trained, *local})
 
     @property
@@ -119,7 +120,7 @@ class Layout:
 
     def travelling(self, whole: npt.NDArray[Kind]) -> npt.NDArray[Kind]:
         """Return a copy of what travels of all weights, ``(n,)``."""
-        return whole[self._travels]
+        return whole.copy() if self._everything else whole[self._travels]
 
     def local(self, whole: Vector) -> Vector:
         """Return a copy of what stays on a device."""
@@ -135,6 +136,8 @@ class Layout:
             raise BadMessage(
                 f"weights of shape {travelling.shape} do not fit a model of which {wanted} travel"
             )
+        if self._everything:
+            return travelling.copy()
         whole = self.start.copy()
         whole[self._travels] = travelling
         if local is not None and local.shape == (np.count_nonzero(self._local),):
@@ -143,6 +146,8 @@ class Layout:
 
     def alone(self, travelling: Vector) -> Vector:
         """Return ``travelling`` at its places, zero elsewhere, float32 ``(all,)``."""
+        if self._everything:
+            return travelling
         whole = np.zeros_like(self.start)
         whole[self._travels] = travelling
         return whole
