@@ -5,8 +5,10 @@ stand in :mod:`atoll.federation.plan_training` and :mod:`~atoll.federation.plan_
 refuse in each other in :mod:`~atoll.federation.plan_checks`.
 """
 
+import math
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -97,7 +99,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def loads(text: str) -> Plan:
     """Read a plan from TOML; raise :class:`BadPlan` naming the field at fault in full."""
     try:
-        return msgspec.convert(tomllib.loads(text), Plan)
+        values = tomllib.loads(text)
+        _check_finite(values, "")
+        return msgspec.convert(values, Plan)
     except tomllib.TOMLDecodeError as error:
         raise BadPlan(f"not TOML: {error}") from error
     except msgspec.ValidationError as error:
@@ -127,6 +131,15 @@ def read(path: Path) -> str:
             f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start}), which "
             "a plan's TOML is written in: save it as UTF-8"
         ) from error
+
+
+def _check_finite(values: Mapping[str, object], section: str) -> None:
+    """Raise :class:`BadPlan` for TOML's inf and nan: some ranges of fields would let them pass."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _check_finite(value, f"{section}{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise BadPlan(f"{section}{name} = {value}: a plan's numbers are finite")
 
 
 def _in_full(error: msgspec.ValidationError) -> str:

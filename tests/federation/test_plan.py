@@ -122,6 +122,11 @@ BETWEEN_SECTIONS = [
     (ASYNC + "cohort.min_devices = 4", ["asynchrony.buffer", "cohort.min_devices"]),
 ]
 OF_ONE_FIELD = [
+    ("training.learning_rate = inf", ["training.learning_rate"]),
+    ("privacy.budget_epsilon = inf", ["privacy.budget_epsilon"]),
+    ("[privacy.examples]\nclip_norm = nan", ["privacy.examples.clip_norm"]),
+    ("training.proximal = -nan", ["training.proximal"]),
+    ("training.learning_rate = 1e400", ["training.learning_rate"]),
     ("rounds = 0", ["rounds"]),
     ("nonsense = 1", ["nonsense"]),
     ("privacy.mode = 'clear'", ["privacy.mode"]),
