@@ -139,5 +139,5 @@ def keeps_the_contract(machine, examples=30):
     """Run machines of a ledger store; ``machine()`` makes one whose store is empty."""
     run_state_machine_as_test(
         machine,
-        settings=settings(deadline=None, max_examples=examples, stateful_step_count=25),
+        settings=settings(max_examples=examples, stateful_step_count=25),
     )

@@ -147,7 +147,6 @@ def _modestly(max_examples: int) -> settings:
     # Each protocol is a subclass, so one property runs from several classes, as it should.
     return settings(
         max_examples=max_examples,
-        deadline=None,
         suppress_health_check=[HealthCheck.differing_executors],
     )
 

@@ -266,7 +266,7 @@ class World:
 
 
 @given(st.lists(inputs, max_size=60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_whatever_happens(events):
     world, state = World(), State()
     state, done = step(state, on.Begin(None, None))
@@ -297,7 +297,7 @@ def test_whatever_happens(events):
 
 
 @given(st.lists(inputs, max_size=20), st.lists(inputs, min_size=1, max_size=10))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_after_stop_nothing_more_is_done(before, after):
     state, _ = play([on.Begin(None, None), *before])
     state, done = step(state, on.Stop())
@@ -306,6 +306,6 @@ def test_after_stop_nothing_more_is_done(before, after):
 
 
 @given(st.lists(inputs, max_size=40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_same_events_give_the_same_actions(events):
     assert play(events) == play(events)

@@ -253,14 +253,13 @@ class Machine(RuleBasedStateMachine):
 Machine.TestCase.settings = settings(
     max_examples=12,
     stateful_step_count=25,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
 TestMachine = Machine.TestCase
 
 
 @given(st.lists(st.integers(0, 60), max_size=12))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_settling_what_is_gone_changes_nothing(ids):
     import tempfile
 

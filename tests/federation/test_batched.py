@@ -77,7 +77,7 @@ def test_ragged_clients_come_out_as_they_do_alone(build, at_once) -> None:
     assert min(moved) > 100 * CLOSE
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=some.lists(some.integers(1, 12), min_size=1, max_size=5),
     batch=some.integers(1, 13),
@@ -94,7 +94,7 @@ def test_any_sizes_and_batches_agree(rows, batch, epochs, momentum) -> None:
     )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     rows=some.lists(some.tuples(some.integers(1, 12), some.booleans()), min_size=1, max_size=5),
     momentum=some.sampled_from([0.0, 0.5]),

@@ -216,7 +216,7 @@ def test_no_more_devices_train_at_a_time_than_asked(tmp_path: Path) -> None:
     concurrency=st.integers(1, 6),
     most=st.sampled_from([None, 0, 1]),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_every_update_is_folded_in_once_at_most_and_no_device_twice_in_a_step(
     tmp_path_factory: pytest.TempPathFactory,
     speeds: list[float],

@@ -46,7 +46,6 @@ def coded(made: Plan, how: Codec) -> Plan:
 # --- which coordinates ------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.integers(1, 500), st.floats(0.001, 1.0), st.integers(0, 2**40), st.text(max_size=9))
 def test_a_mask_is_a_share_of_the_coordinates_each_once(
     length: int, share: float, seed: int, run: str
@@ -84,7 +83,6 @@ def test_over_all_masks_the_mean_is_that_of_the_whole() -> None:
     assert kept.tolist() == [3.0, 0, 0, 8.0, 0, 0]
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from([-2.0, -1.5, -0.0, 0.0, 1.5, 2.0, 7.0]), min_size=1, max_size=30))
 def test_the_largest_are_those_that_a_sort_finds(values: list[float]) -> None:
     for share in (0.01, 0.3, 1.0):
@@ -103,7 +101,7 @@ def test_the_largest_are_those_that_a_sort_finds(values: list[float]) -> None:
     st.sampled_from([7, 16, 24]),
     st.integers(0, 2**32),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_what_was_decoded_adds_up_to_the_changes_less_the_last_residual(
     kind: plan.CodecKind, rounds: list[bool], cap: int, bits: int, seed: int
 ) -> None:
@@ -162,7 +160,7 @@ def test_noise_is_not_taken_back() -> None:
 
 @pytest.mark.parametrize("kind", ["random-mask", "top-k"])
 @given(st.floats(1e-3, 1e6), st.integers(0, 2**32))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_no_term_is_longer_than_the_sensitivity_whatever_was_kept(
     kind: plan.CodecKind, size: float, seed: int
 ) -> None:

@@ -147,7 +147,7 @@ def test_momentum_leaves_the_optimum_where_it_is(momentum: float) -> None:
     st.lists(st.lists(st.integers(0, 3), min_size=1, unique=True), min_size=1, max_size=8),
     st.lists(st.tuples(st.floats(0.1, 1.0), st.floats(-5, 5)), min_size=4, max_size=4),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_hubs_variate_is_the_mean_of_the_devices_whoever_takes_part(
     rounds: list[list[int]], losses: list[tuple[float, float]]
 ) -> None:

@@ -191,7 +191,7 @@ def test_ghost_clipping_is_used_exactly_where_its_norms_are_right(build, shape, 
     chunk=st.integers(2, 6),
     which=st.integers(0, 5),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_one_example_moves_the_sum_by_no_more_than_the_sensitivity(
     seed, scale, clip_norm, chunk, which
 ):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from blobs import Blobs, write
 from cohorts import Fleet, fleet, plan_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from overheard import Overheard
 from torch import nn
@@ -120,7 +120,6 @@ def test_patterns_say_what_travels_what_stays_and_what_is_frozen(
     assert wanted == travelling + local - statistics
 
 
-@settings(deadline=None)
 @given(st.sampled_from([HEAD, NORM, ADAPTED, Layers(trained=("0.*",), local=("1.*",))]))
 def test_all_weights_are_their_parts(layers: Layers) -> None:
     made = layout.of(Blobs(), 3, layers)

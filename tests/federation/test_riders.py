@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from cohorts import plan_of, varied
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.federation import release
@@ -99,7 +99,6 @@ def test_the_clipping_norm_finds_the_quantile(quantile: float, noise: float) -> 
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=8), st.integers(1, 200))
-@settings(deadline=None)
 def test_the_weighed_mean_is_exact_without_noise(rows: list[int], cap: int) -> None:
     plan = varied(
         plan_of(),

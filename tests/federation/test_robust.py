@@ -9,7 +9,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from atoll.federation import robust
@@ -172,7 +172,6 @@ def test_bulyan_by_hand() -> None:
 
 
 @given(cases(list(RULES)))
-@settings(deadline=None)
 def test_every_rule_equals_its_slow_oracle(case: tuple[Rule, int, np.ndarray]) -> None:
     rule, f, updates = case
     got = robust.combine(updates, rule, f)
@@ -181,7 +180,6 @@ def test_every_rule_equals_its_slow_oracle(case: tuple[Rule, int, np.ndarray]) -
 
 
 @given(cases(list(RULES)), st.integers(0, 2**32))
-@settings(deadline=None)
 def test_the_order_of_devices_does_not_matter(
     case: tuple[Rule, int, np.ndarray], seed: int
 ) -> None:
@@ -209,7 +207,6 @@ def test_blocks_and_narrow_types_change_nothing(
 
 
 @given(cases())
-@settings(deadline=None)
 def test_when_nobody_lies_the_result_is_near_the_mean(
     case: tuple[Rule, int, np.ndarray],
 ) -> None:
@@ -225,7 +222,6 @@ def test_when_nobody_lies_the_result_is_near_the_mean(
 
 
 @given(cases(list(RULES)), st.floats(0.01, 100))
-@settings(deadline=None)
 def test_rules_scale_with_what_they_are_given(
     case: tuple[Rule, int, np.ndarray], factor: float
 ) -> None:
@@ -235,7 +231,6 @@ def test_rules_scale_with_what_they_are_given(
 
 
 @given(attacked(["median", "trimmed-mean"]))
-@settings(deadline=None)
 def test_liars_move_no_coordinate_out_of_the_honest_range(case: tuple) -> None:
     rule, f, honest, updates = case
     got = robust.combine(updates, rule, f)
@@ -245,7 +240,6 @@ def test_liars_move_no_coordinate_out_of_the_honest_range(case: tuple) -> None:
 
 
 @given(attacked(["bulyan"]))
-@settings(deadline=None)
 def test_bulyan_stays_within_the_honest_range_widened_by_itself(case: tuple) -> None:
     rule, f, honest, updates = case
     low, high = honest.min(axis=0), honest.max(axis=0)
@@ -255,7 +249,6 @@ def test_bulyan_stays_within_the_honest_range_widened_by_itself(case: tuple) -> 
 
 
 @given(attacked(["krum", "multi-krum"]))
-@settings(deadline=None)
 def test_krum_stays_as_near_to_the_honest_as_they_are_to_each_other(case: tuple) -> None:
     rule, f, honest, updates = case
     n = len(updates)
@@ -271,7 +264,6 @@ def test_krum_stays_as_near_to_the_honest_as_they_are_to_each_other(case: tuple)
 
 
 @given(attacked(["norm-bound"]))
-@settings(deadline=None)
 def test_a_norm_bound_limits_what_liars_do(case: tuple) -> None:
     _, f, honest, updates = case
     longest = np.linalg.norm(honest, axis=1).max()
@@ -368,7 +360,6 @@ def test_fltrust_by_hand() -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 30))
-@settings(deadline=None)
 def test_fltrust_is_no_longer_than_what_is_trusted_whoever_lies(seed: int, liars: int) -> None:
     rng = np.random.default_rng(seed)
     trusted = rng.normal(size=6)

@@ -444,7 +444,7 @@ def test_effective_steps_are_the_papers(steps: int, share: float) -> None:
 
 
 @given(st.integers(1, 12), st.floats(0, 0.95), st.floats(0, 3))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_effective_steps_are_what_each_gradient_weighs(
     steps: int, momentum: float, proximal: float
 ) -> None:
@@ -467,7 +467,7 @@ class Counting(nn.Linear):
 
 
 @given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 3))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_local_steps_are_those_that_are_taken(rows: int, batch: int, epochs: int) -> None:
     how, model = Training(local_epochs=epochs, batch_size=batch), Counting()
     examples = Examples(np.zeros((rows, 2), np.float32), np.zeros(rows, np.int64))

@@ -3,7 +3,7 @@ from math import log, log2, sqrt
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -66,7 +66,6 @@ def test_ks_and_wasserstein_of_a_shift_by_hand() -> None:
     assert ks(_counts(1, 1), _counts(3, 1)) == 0.25
 
 
-@settings(deadline=None)  # the first example waits for SciPy to be imported
 @given(counts, counts)
 def test_statistics_agree_with_scipy(one, other) -> None:
     distance = pytest.importorskip("scipy.spatial.distance")

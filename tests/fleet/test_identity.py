@@ -115,7 +115,7 @@ def test_an_unusable_request_is_refused(csr: bytes) -> None:
         AUTHORITY.issue_device(csr, "dev-1", NOW)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_a_request_with_any_bit_flipped_is_refused(data: st.DataObject) -> None:
     der = bytearray(x509.load_pem_x509_csr(CSR).public_bytes(serialization.Encoding.DER))
@@ -220,7 +220,7 @@ def test_keys_that_are_missing_or_swapped_are_refused(tmp_path) -> None:
 
 # The library warns of a serial number that is not positive before it refuses the signature.
 @pytest.mark.filterwarnings("ignore:Parsed a serial number")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_a_certificate_with_any_bit_flipped_is_refused(data: st.DataObject) -> None:
     der = bytearray(read_certificate(CERT).public_bytes(serialization.Encoding.DER))

@@ -66,7 +66,7 @@ sampling = st.none() | st.sampled_from([0.001, 0.05, 1.0]) | st.just(FixedSample
 
 
 @given(st.lists(st.builds(Gaussian, st.floats(0.3, 9), sampling, st.integers(1, 9)), max_size=4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_so_many_times_is_as_many_events(events):
     one_by_one = [Gaussian(e.noise_multiplier, e.sampling) for e in events for _ in range(e.times)]
     assert spent(events, 1e-5) == spent(one_by_one, 1e-5)
@@ -124,7 +124,7 @@ def test_one_fixed_sample_judges_the_whole_account_by_replacement():
 
 
 @given(st.floats(0.02, 30), st.integers(1, 400), st.integers(1, 50), st.none() | st.just(0.05))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_fixed_sample_never_costs_more_than_the_whole(noise, size, times, other):
     drawn = Gaussian(noise, FixedSample(size, 400), times)
     got = spent([drawn, Gaussian(9.0, other)], 1e-6)
@@ -135,7 +135,7 @@ def test_a_fixed_sample_never_costs_more_than_the_whole(noise, size, times, othe
 
 
 @given(st.floats(0.02, 30), st.floats(1e-12, 0.1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_closed_form_inverts_the_curve(mu, delta):
     epsilon = gaussian_epsilon(mu, delta)
     if epsilon:
@@ -145,7 +145,7 @@ def test_the_closed_form_inverts_the_curve(mu, delta):
 
 
 @given(st.floats(0.05, 60), st.floats(0, 1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_curve_is_the_one_of_the_paper(mu, share):
     epsilon = share * (mu * mu / 2 + 5 * mu)
     first = special.ndtr(mu / 2 - epsilon / mu)
@@ -170,7 +170,7 @@ def test_the_closed_form_is_just_below_the_privacy_loss_distribution(noise, delt
         max_size=4,
     )
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_cross_check_is_never_lower(events):
     got = spent(events, 1e-5)
     assert 0 <= got.epsilon_pld <= got.epsilon_rdp
@@ -178,7 +178,7 @@ def test_the_cross_check_is_never_lower(events):
 
 
 @given(st.lists(st.floats(0.3, 10), min_size=1, max_size=5), st.floats(0.3, 10))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_more_releases_cost_more(noises, another):
     events = [Gaussian(noise) for noise in noises]
     before, after = spent(events, 1e-6), spent([*events, Gaussian(another)], 1e-6)

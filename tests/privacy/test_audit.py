@@ -26,7 +26,7 @@ def test_the_numbers_of_the_paper():
 
 
 @given(attacks(), st.floats(0, 12), st.floats(0, 1e-2))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_p_value_is_the_one_of_the_paper(seen, epsilon, delta):
     coins = stats.binom(seen.made, 1 / (1 + math.exp(-epsilon)))
     excess = max(
@@ -41,7 +41,7 @@ def test_the_p_value_is_the_one_of_the_paper(seen, epsilon, delta):
 
 
 @given(st.integers(1, 5000), st.floats(0.5, 0.999))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_nothing_but_right_guesses_refute_what_the_closed_form_says(made, confidence):
     share = (1 - confidence) ** (1 / made)
     expected = max(0.0, math.log(share / (1 - share)))
@@ -62,7 +62,7 @@ def test_tails_of_many_guesses_are_neither_lost_nor_rounded_away(made):
 
 
 @given(attacks(most=200), st.floats(1e-9, 1e-2), st.sampled_from([0.5, 0.9, 0.95, 0.999]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_smaller_epsilon_is_refuted_too(seen, delta, confidence):
     bound = epsilon_at_least(seen, delta, confidence)
     for epsilon in np.linspace(0, bound, 20, endpoint=False) if bound else []:
@@ -93,7 +93,7 @@ def test_many_guesses_on_randomised_response_find_most_of_its_epsilon(epsilon):
 
 
 @given(attacks())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_more_right_guesses_refute_more_and_more_delta_explains_more(seen):
     if seen.correct < seen.made:
         better = Guesses(seen.canaries, seen.made, seen.correct + 1)

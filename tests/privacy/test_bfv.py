@@ -146,7 +146,7 @@ def test_a_block_for_other_parameters_is_refused(adder):
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_changed_blocks_are_refused_or_read_and_never_crash(adder, block, data):
     kind = data.draw(st.sampled_from(["cut", "flip", "head", "noise"]))
     if kind == "cut":
@@ -167,7 +167,7 @@ def test_changed_blocks_are_refused_or_read_and_never_crash(adder, block, data):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_changed_keys_are_refused_or_read_and_never_crash(key, data):
     secret = key.secret()
     place = data.draw(st.integers(0, min(len(secret), 200) - 1))

@@ -21,7 +21,7 @@ def test_small_cohorts_are_complete(size):
 
 
 @given(st.integers(graph.COMPLETE + 1, 160), st.binary(max_size=8))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_larger_ones_are_symmetric_and_of_much_the_same_degree(size, seed):
     near = graph.neighbours(names(size), seed)
     assert near == graph.neighbours(names(size)[::-1], seed)

@@ -148,7 +148,7 @@ def test_neighbouring_draws_are_independent():
 @example(110.1)
 @example(noise.MAX_SIGMA)
 @example(1e-300)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_table_holds_the_exact_weights_of_the_blocks(sigma):
     table = noise._table(sigma)
     width = 1 << table.offset_bits
@@ -180,7 +180,7 @@ def test_the_table_holds_the_exact_weights_of_the_blocks(sigma):
 
 
 @given(st.floats(110.1, noise.MAX_SIGMA))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_hardly_any_draw_is_in_vain(sigma):
     drawn = noise._draw(noise._table(sigma), 20_000, Keystream.replayable(16))
     assert drawn.size > 0.99 * 20_000
@@ -197,7 +197,7 @@ def test_what_the_float_decides_at_once_the_integers_decide_alike(monkeypatch):
 
 
 @given(st.floats(110.1, noise.MAX_SIGMA), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_each_value_of_a_block_is_kept_with_its_own_probability(sigma, data):
     table = noise._table(sigma)
     width = 1 << table.offset_bits
@@ -215,7 +215,7 @@ def test_each_value_of_a_block_is_kept_with_its_own_probability(sigma, data):
 
 
 @given(st.fractions(0, Fraction(1, 4), max_denominator=10**12).filter(bool), st.integers(42, 64))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_an_undecided_coin_is_decided_by_the_next_digits(exponent, bits):
     digits = exponential(exponent, bits + 128)
     coin, second, third = digits >> 128, digits >> 64 & ALL, digits & ALL

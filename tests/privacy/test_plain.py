@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sum_protocol import NAMES, Cohort, SumContract, terms_of
 
@@ -40,7 +40,6 @@ class Collecting(Cohort):
 
 
 @given(st.integers(0, 2**32), st.sets(st.sampled_from(NAMES[:3]), max_size=1), st.data())
-@settings(deadline=None)
 def test_a_collected_sum_is_the_same_sum_with_the_survivors_terms_beside_it(seed, lost, data):
     cohort = Collecting("plain")
     spec = cohort.spec(length=7, bound=data.draw(st.sampled_from([100, 127, 128, 40_000])))

@@ -47,7 +47,7 @@ def test_the_ledger_charges_what_was_forecast(sampling):
     st.floats(0.01, 200),
     st.floats(0.05, 1000).map(lambda value: float(f"{value:.4g}")),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_least_noise_is_the_closed_forms_rounded_up(rounds, delta, epsilon, noise):
     series = Series(1, 1, rounds, delta)
     found = least_noise(series, epsilon)
@@ -81,7 +81,7 @@ def test_sampling_everybody_is_no_sampling():
 
 
 @given(st.integers(1, 5000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_curve_goes_from_the_first_round_to_the_last_and_rises(rounds):
     got = with_noise(Series(10, 10, rounds, 0.01), 3.0)
     numbers = [number for number, _ in got.curve]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.privacy.errors import BadParameters, Refused
@@ -16,7 +16,6 @@ def ring_for(length, bound, parties):
 
 
 @given(st.data())
-@settings(deadline=None)
 def test_a_sum_of_masked_words_is_the_word_of_the_sum(data):
     parties = data.draw(st.integers(1, 6))
     bound = data.draw(st.one_of(st.integers(1, 300), st.integers(1, (2**63 - 1) // (2 * parties))))

@@ -32,7 +32,7 @@ def spec(length, bound, parties):
     st.integers(0, 2**32),
 )
 @example(bound=2**29, length=3 * STRETCH, parties=4, seed=1)  # one more than 32 bits hold
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_it_is_the_sum_at_any_bound_length_and_number_of_parties(bound, length, parties, seed):
     rng = np.random.default_rng(seed)
     total = RunningTotal(spec(length, bound, parties))
@@ -49,7 +49,6 @@ def test_it_is_the_sum_at_any_bound_length_and_number_of_parties(bound, length, 
 
 
 @given(st.sampled_from([100, 127, 32_767, 40_000, 2**31 - 1]), st.sampled_from([-1, 1]), st.data())
-@settings(deadline=None)
 def test_nothing_stays_of_a_term_with_a_value_outside_the_bound(bound, sign, data):
     length = 2 * STRETCH + 3
     rng = np.random.default_rng(bound)

@@ -33,7 +33,7 @@ def sparse_terms(draw: st.DrawFn) -> tuple[np.ndarray, int]:
 
 
 @given(sparse_terms())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_term_comes_back_and_never_takes_more_than_densely(term: tuple[np.ndarray, int]) -> None:
     values, bound = term
     parts = sparse.to_parts(values, values.size, bound)
@@ -55,7 +55,6 @@ def leb128(gap: int) -> bytes:
             return bytes(out)
 
 
-@settings(deadline=None)
 @given(st.sets(st.integers(0, 2**34), min_size=1, max_size=20))
 def test_gaps_are_leb128(places: set[int]) -> None:
     ordered = sorted(places)
@@ -148,7 +147,7 @@ def test_a_term_has_one_or_two_parts() -> None:
     st.binary(max_size=40),
     st.integers(1, 200),
 )
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_whatever_is_sent_is_refused_or_a_term_in_its_only_form(
     positions: bytes, told: bytes, length: int
 ) -> None:

@@ -37,7 +37,7 @@ def decode(values, spec):
     st.integers(6, 24),
     st.floats(1e-6, 1e6),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_integer_norm_never_passes_the_sensitivity(values, bits, clip_norm):
     spec = UpdateSpec(clip_norm, bits, 0.0, 1)
     got = [int(v) for v in quantise(values, spec, stream()).values]
@@ -98,7 +98,7 @@ def test_shares_of_the_minimum_survivors_add_up_to_the_promised_noise():
 
 
 @given(st.integers(8, 20), st.sampled_from([0.0, 0.5, 1.0, 4.0]), st.integers(1, 50))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_value_passes_the_bound(bits, noise_multiplier, survivors):
     spec = UpdateSpec(1.0, bits, noise_multiplier, survivors)
     spike = np.zeros(300)
@@ -205,7 +205,7 @@ SPECS = st.builds(
     st.floats(0, 1),
     st.data(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_whole_vector_keeps_its_sensitivity_and_its_bound(spec, values, weight, data):
     riders = data.draw(st.lists(st.floats(-1, 1), min_size=spec.riders, max_size=spec.riders))
     got = [int(v) for v in quantise(values, spec, stream(), weight, riders).values]

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -27,7 +27,6 @@ def packed(values: np.ndarray) -> bytes:
     return gzip.compress(head + values.tobytes(), compresslevel=0)
 
 
-@settings(deadline=None)
 @given(arrays.arrays(np.uint8, arrays.array_shapes(max_dims=4, max_side=5)))
 def test_what_is_written_is_read(values):
     read = fashion.idx(packed(values))

@@ -13,7 +13,7 @@ TEN = np.repeat(np.arange(10), 6000)
 """As many labels as Fashion-MNIST has, in another order, which sizes do not depend on."""
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 2**32),
     devices=st.integers(1, 12),
