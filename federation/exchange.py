@@ -132,6 +132,8 @@ class Outstanding:
         while True:
             now = self._clock.now()
             found, self._failed = self._failed, []
+            if found or not self._pending:
+                return found  # a look may rest where there is nothing
             for reply in self._grid.pull_messages(list(self._pending)):
                 sent = self._pending.pop(reply.metadata.reply_to_message_id, None)
                 if sent is not None:
@@ -141,7 +143,7 @@ class Outstanding:
                     del self._pending[message_id]
                     why = f"no answer within {late.timeout:g} s"
                     found.append(Reply(late.device, None, why))
-            if found or not self._pending:
+            if found:
                 return found
             left = min(sent.deadline for sent in self._pending.values()) - now
             _pause(self._grid, self._clock, min(poll_delay(now - began), left))

@@ -32,7 +32,7 @@ from google.protobuf.message import Message as ProtobufMessage
 
 from atoll.federation.errors import LinkError
 from atoll.federation.superlink import FETCH, SEND
-from atoll.federation.transport import Transport
+from atoll.federation.transport import Transport, distrusts
 from atoll.privacy import frames
 from atoll.privacy.errors import Refused
 
@@ -102,7 +102,7 @@ class FleetClient:
                 ) from error
             raise Skip(said) from error
         except httpx.HTTPError as error:
-            if isinstance(error.__cause__, ssl.SSLError) or "CERTIFICATE" in str(error):
+            if isinstance(error, httpx.ConnectError) and distrusts(error):
                 raise LinkError(
                     f"the hub at {self.base_url} and this device do not trust each other's "
                     f"certificates ({error}); check the clock, then enrol again"

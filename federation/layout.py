@@ -110,7 +110,7 @@ class Layout:
     @property
     def running(self) -> Running | None:
         """Which of what travels are running statistics; none where there are none."""
-        parameters = {name for name, _ in self.model.named_parameters()}
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         names = {name for name, _ in self._entries} - parameters
         places = self.travelling(self._places(names))
         if not places.any():

@@ -30,6 +30,7 @@ PATIENCE: Final = 3
 class Outcome:
     """Where a run ended: float32 weights ``(n,)`` and how many rounds are in them.
 
+    They are those after the last round, or the mean of those after the last ``averaged``.
     ``turns`` are those of :class:`Checkpoint`.
     """
 
@@ -37,11 +38,12 @@ class Outcome:
     rounds: int
     ended: Literal["complete", "budget"]
     turns: Mapping[str, int] = field(default_factory=dict)
+    averaged: int = 0
 
     @classmethod
     def of(cls, state: Checkpoint, ended: Literal["complete", "budget"]) -> "Outcome":
         """Return the outcome of a run that ends in ``state``."""
-        return cls(state.result, state.trained, ended, state.turns)
+        return cls(state.result, state.trained, ended, state.turns, state.tailed)
 
 
 def resumed(run: Run, initial: Vector) -> Checkpoint:

@@ -1,9 +1,13 @@
 """Running means and variances of batch normalisation, which travel among the weights.
 
 They follow no gradient. A strategy's momentum or its adaptive step would carry them past what any
-device measured, and a variance below zero, after which the network says NaN. So they become the
-mean of what the devices have, whatever the strategy; and a variance that noise, or that rounding,
-takes below zero is zero, which makes of a release no further one.
+device measured, and a variance below zero, after which the network says NaN. So they move by the
+round's mean, whatever the strategy; and a variance that noise, or rounding, takes below zero is
+zero, which makes of a release no further one.
+
+The mean is that of what devices measured where each sends its change as it is: not under FedNova,
+which divides each device's change by its steps, where these are unlike. Under FedBuff older changes
+count less.
 """
 
 from typing import NamedTuple

@@ -183,15 +183,16 @@ async def _parts(
         # The handler checks whether the run goes on, and answers with a copy: of the smallest part.
         if not fleet_handlers.pull_object(last, state).object_available:
             return [b""]
-        return [state.get_object(run, name) or b"" for name in names]
+        here = [state.get_object(run, name) or b"" for name in names]
+        if all(here) and len(here) > 1:
+            state.store_traffic(run, bytes_sent=sum(map(len, here[:-1])), bytes_recv=0)
+        return here
 
     deadline = time.monotonic() + _PARTS_SECONDS
     parts = await run_in_threadpool(look)
     while not all(parts) and time.monotonic() < deadline:
         await asyncio.sleep(_LOOK_SECONDS)
         parts = await run_in_threadpool(look)
-    if all(parts) and len(parts) > 1:
-        state.store_traffic(run, bytes_sent=sum(map(len, parts[:-1])), bytes_recv=0)
     return parts
 
 
@@ -211,7 +212,7 @@ async def send(request: Request) -> Response:
         tree = iterate_object_tree(pushed.message_object_trees[0])
         # In the tree's order, each once; the store holds each against its hash.
         for name, part in zip(dict.fromkeys(one.object_id for one in tree), parts, strict=False):
-            if name in wanted and not _stored(state, run, answer.session_id, name, part):
+            if name in wanted and not state.store_object(run, answer.session_id, name, part):
                 raise FlowerError(
                     ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED, f"part {name} was not taken"
                 )
@@ -223,20 +224,6 @@ async def send(request: Request) -> Response:
         if message.metadata.run_id in _replies:
             _replies[message.metadata.run_id].set()
     return Response(answer)
-
-
-def _stored(
-    state: Any,  # noqa: ANN401 -- flwr's LinkState
-    run: int,
-    session: str,
-    name: str,
-    part: bytes,
-) -> bool:
-    """Store a part; raise a :class:`FlowerError` for one that is not what it is called."""
-    try:
-        return bool(state.store_object(run, session, name, part))
-    except ValueError as error:
-        raise _malformed(error) from error
 
 
 async def fetch_all(request: Request) -> Response:

@@ -8,6 +8,7 @@ Here a request is whole before it is sent, and an answer when it is returned; no
 tried again or sent through a proxy. Safe for use by several threads.
 """
 
+import re
 import ssl
 from typing import Final
 
@@ -17,13 +18,17 @@ from urllib3 import exceptions
 
 _KEPT: Final = 4
 """Connections to a server that are kept for the next requests."""
+_DISTRUST: Final = re.compile("CERTIFICATE|UNKNOWN_CA")
+"""What OpenSSL says where a certificate is refused, here or by an alert from there."""
 
 
 class Transport(httpx.BaseTransport):
     """Requests with TLS as ``context`` says.
 
-    Raises :class:`httpx.ConnectError`, with an :class:`ssl.SSLError` as its cause where it was TLS,
-    :class:`httpx.ConnectTimeout`, :class:`httpx.ReadTimeout` and :class:`httpx.ReadError`.
+    Raises :class:`httpx.ConnectError`, with what TLS says where one side does not trust the other's
+    certificate; :class:`httpx.ConnectTimeout`, :class:`httpx.ReadTimeout`, and
+    :class:`httpx.ReadError` for any other end of a connection. flwr gives up on an error that
+    speaks of TLS and repeats a request after all others, so these do not.
     """
 
     def __init__(self, context: ssl.SSLContext) -> None:
@@ -50,18 +55,22 @@ class Transport(httpx.BaseTransport):
         except exceptions.ReadTimeoutError as error:
             raise httpx.ReadTimeout(str(error), request=request) from error
         except exceptions.SSLError as error:
-            raise httpx.ConnectError(str(error), request=request) from _cause(error)
-        except exceptions.HTTPError as error:
-            raise httpx.ReadError(str(error), request=request) from error
-        return httpx.Response(
-            answer.status, headers=list(answer.headers.items()), content=answer.data
-        )
+            if _DISTRUST.search(str(error)):
+                raise httpx.ConnectError(str(error), request=request) from error
+            raise httpx.ReadError("the connection broke", request=request) from error
+        except (exceptions.HTTPError, MemoryError) as error:  # the latter for an absurd length
+            raise httpx.ReadError(f"no answer ({type(error).__name__})", request=request) from error
+        headers = [
+            (name.encode("latin-1"), value.encode("latin-1"))
+            for name, value in answer.headers.items()
+        ]
+        return httpx.Response(answer.status, headers=headers, content=answer.data)
 
     def close(self) -> None:
         """Close the connections."""
         self._servers.clear()
 
 
-def _cause(error: exceptions.SSLError) -> BaseException:
-    """Return what ssl raised."""
-    return next((part for part in error.args if isinstance(part, ssl.SSLError)), error)
+def distrusts(error: httpx.HTTPError) -> bool:
+    """Tell whether ``error`` is that one side does not trust the other's certificate."""
+    return _DISTRUST.search(str(error)) is not None

@@ -66,12 +66,14 @@ def tree(expression: str) -> Node:
 
 def walk(node: Node) -> Iterator[Node]:
     """Yield the node and all below it, in the order in which they are written."""
-    yield node
-    if isinstance(node, Select):
-        yield from walk(node.of)
-    elif isinstance(node, Part):
-        for each in node.inner:
-            yield from walk(each)
+    waiting = [node]
+    while waiting:
+        found = waiting.pop()
+        yield found
+        if isinstance(found, Select):
+            waiting.append(found.of)
+        elif isinstance(found, Part):
+            waiting.extend(reversed(found.inner))
 
 
 def names(expression: str) -> set[str]:

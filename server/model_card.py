@@ -75,7 +75,7 @@ def _training(plan: Plan, facts: Facts) -> list[str]:
             f"{_against(plan)}."
         ),
         "",
-        *mean(plan),
+        *mean(plan, facts),
         (
             f"Privacy spent so far, by the ledger that this run was charged to: {epsilon} at "
             f"δ = {privacy.delta:g}. ε speaks of the trained model alone: evaluation counts, "
@@ -87,9 +87,9 @@ def _training(plan: Plan, facts: Facts) -> list[str]:
     ]
 
 
-def mean(plan: Plan) -> list[str]:
+def mean(plan: Plan, facts: Facts) -> list[str]:
     """Return what the mean update was made of: noise, weights, what was sent, and averaging."""
-    return [*_noise(plan), *_weights(plan), _sent(plan), _averaged(plan), ""]
+    return [*_noise(plan), *_weights(plan), _sent(plan), _averaged(facts), ""]
 
 
 def _noise(plan: Plan) -> list[str]:
@@ -123,14 +123,16 @@ def _sent(plan: Plan) -> str:
         "feedback)"
     )
     down = (
-        "" if codec.downlink == "float32" else f", and weights went to devices as {codec.downlink}"
+        ""
+        if codec.downlink == "float32"
+        else f", and weights went to devices as {codec.downlink} where it can hold them"
     )
     return f"{said}{down}."
 
 
-def _averaged(plan: Plan) -> str:
-    last = plan.training.averaged_rounds
-    if last == 1:
+def _averaged(facts: Facts) -> str:
+    last = facts["rounds"].get("averaged", 0)
+    if last <= 1:
         return "The weights are those after the last round."
     return f"The weights are the mean of those after each of the last {last} rounds."
 

@@ -214,6 +214,7 @@ def _of_training(
         "rounds": {
             "planned": plan.rounds,
             "trained": outcome.rounds,
+            "averaged": outcome.averaged,
             "lost": len(reports) - len(ended),
             "ended": outcome.ended,
             "seconds": sum(report.seconds for report in ended) / max(len(ended), 1),

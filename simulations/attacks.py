@@ -32,7 +32,7 @@ from typing import Final
 
 import numpy as np
 
-from atoll.federation import client_app, parameters, rounds, training
+from atoll.federation import client_app, layout, rounds, training
 from atoll.federation import plan as plans
 from atoll.federation.cohort import Cohort, Member
 from atoll.federation.engine import InProcessGrid
@@ -144,6 +144,7 @@ def play(ground: Field, plan: Plan, attack: Attack) -> Found:
         apps[number + 1] = client_app.build(task, data, _always(party), {})
         members[name] = Member(number + 1, b"")
     grid = InProcessGrid(apps)
+    shape = layout.of(ground.task, plan.seed)
     run = Run(
         grid,
         plan,
@@ -153,8 +154,9 @@ def play(ground: Field, plan: Plan, attack: Attack) -> Found:
         charge=lambda *_: None,
         on_round=lambda _: None,
         clock=grid.clock,
+        running=shape.running,
     )
-    outcome = rounds.run_rounds(run, parameters.flatten(ground.task.model(plan.seed)))
+    outcome = rounds.run_rounds(run, shape.initial)
 
     def share(examples: Examples) -> float:
         done = training.evaluate(ground.task.model(0), outcome.weights, examples)

@@ -25,7 +25,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import numpy as np
 
-from atoll.federation import client_app, parameters, rounds, training
+from atoll.federation import client_app, layout, parameters, rounds, training
 from atoll.federation import plan as plans
 from atoll.federation.cohort import Cohort, Member
 from atoll.federation.engine import InProcessGrid
@@ -89,6 +89,7 @@ def federated_plain(
         for person in known
     }
     grid = InProcessGrid(apps)
+    shape = layout.of(Spar(), seed)
     cohort = Cohort(
         members={names[person]: Member(person, b"") for person in known},
         trainers=[names[person] for person in known],
@@ -107,8 +108,9 @@ def federated_plain(
         charge=lambda *_: None,
         on_round=heard,
         clock=grid.clock,
+        running=shape.running,
     )
-    outcome = rounds.run_rounds(run, parameters.flatten(Spar().model(seed)))
+    outcome = rounds.run_rounds(run, shape.initial)
     return _accuracies(data, known, unseen, outcome.weights)
 
 

@@ -14,7 +14,7 @@ from flwr.app import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atoll.federation import buffered, messages, parameters, plan, rounds, training
+from atoll.federation import buffered, layout, messages, parameters, plan, rounds, training
 from atoll.federation.buffer import weight
 from atoll.federation.buffered import run_buffered
 from atoll.federation.checkpoints import Checkpoints
@@ -80,15 +80,17 @@ class Paced:
         entropy: Keystream | None = None,
         run: Callable[[Run, np.ndarray], Outcome] = run_buffered,
     ) -> Outcome:
+        shape = layout.of(Blobs(), the_plan.seed)
         asked = Fleet(self.grid, self.cohort).of(
             the_plan,
+            running=shape.running,
             charge=charge,
             on_round=on_round,
             checkpoints=checkpoints,
             entropy=entropy,
             left_out=left_out,
         )
-        return run(asked, parameters.flatten(Blobs().model(the_plan.seed)))
+        return run(asked, shape.initial)
 
 
 def paced(folder: Path, seconds: list[float], tasks: Mapping[str, Blobs] | None = None) -> Paced:

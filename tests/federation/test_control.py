@@ -305,7 +305,8 @@ def test_rounds_end_where_flowers_baseline_ends(tmp_path: Path, server_rate: flo
             changes.append(y - x)
             moved.append(new - owns[name])
             owns[name] = new
-        x = (x + server_rate * np.mean(changes, axis=0)).astype(np.float32)
+        rates = np.where(gradients, server_rate, 1.0)
+        x = (x + rates * np.mean(changes, axis=0)).astype(np.float32)
         c = (c + np.mean(moved, axis=0)).astype(np.float32)
     assert done.weights == pytest.approx(x, abs=1e-4)
     plain = trio(tmp_path / "plain").run(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from blobs import Blobs, write
 from cohorts import fleet, plan_of
+from torch import nn
 
 from atoll.federation import layout, progress, rounds, training
 from atoll.federation.checkpoints import Checkpoint
@@ -42,6 +43,16 @@ def test_of_a_model_they_are_what_normalisation_measured_and_the_variances_among
     assert running is not None
     assert np.flatnonzero(running.places).tolist() == list(range(40, 56))
     assert np.flatnonzero(running.variances).tolist() == list(range(48, 56))
+
+
+def test_a_weight_that_two_layers_share_is_none_of_them() -> None:
+    class Shared(Blobs):
+        def model(self, seed: int) -> nn.Module:
+            net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+            net[2].weight = net[0].weight
+            return net
+
+    assert layout.of(Shared(), 0).running is None
 
 
 @pytest.mark.parametrize("layers", [Layers(local=("batchnorm",)), Layers(trained=("3.*",))])

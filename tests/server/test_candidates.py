@@ -88,16 +88,13 @@ PLAIN = 'name = "p"\ntask = "t"\nmodel = "m"\n'
         ),
         (
             'training = { weighting = "capped", weight_cap = 1200, averaged_rounds = 3 }\n',
-            [
-                "A device counted by its examples, up to 1,200.",
-                "The weights are the mean of those after each of the last 3 rounds.",
-            ],
+            ["A device counted by its examples, up to 1,200."],
         ),
         (
             'codec = { kind = "random-mask", share = 0.1, downlink = "float16" }\n',
             [
                 "Of an update a share of 0.1 was sent (`random-mask`, without error feedback), and",
-                "and weights went to devices as float16.",
+                "and weights went to devices as float16 where it can hold them.",
             ],
         ),
         (
@@ -111,10 +108,24 @@ PLAIN = 'name = "p"\ntask = "t"\nmodel = "m"\n'
     ],
 )
 def test_the_card_says_what_the_mean_was_made_of(more: str, says: list[str]) -> None:
-    said = "\n".join(model_card.mean(plans.loads(PLAIN + more)))
+    said = "\n".join(model_card.mean(plans.loads(PLAIN + more), {"rounds": {}}))
     for sentence in says:
         assert sentence in said
     assert ("noise" in said) == ("noise_multiplier" in more)
+
+
+@pytest.mark.parametrize(
+    ("averaged", "says"),
+    [
+        (0, "The weights are those after the last round."),
+        (2, "The weights are the mean of those after each of the last 2 rounds."),
+    ],
+)
+def test_the_card_says_how_many_rounds_were_averaged_and_not_how_many_were_asked_for(
+    averaged: int, says: str
+) -> None:
+    asked = plans.loads(PLAIN + "training = { averaged_rounds = 3 }\n")
+    assert says in model_card.mean(asked, {"rounds": {"averaged": averaged}})
 
 
 def test_a_rule_that_is_no_mean_weighs_no_device_and_the_bundles_card_says_the_rest(
@@ -124,7 +135,7 @@ def test_a_rule_that_is_no_mean_weighs_no_device_and_the_bundles_card_says_the_r
         'aggregation = { rule = "median", byzantine = 1 }\nprivacy = { mode = "plain" }\n'
         "cohort = { min_devices = 3 }\n"
     )
-    assert "counted" not in "\n".join(model_card.mean(plans.loads(PLAIN + median)))
+    assert "counted" not in "\n".join(model_card.mean(plans.loads(PLAIN + median), {"rounds": {}}))
     written(tmp_path, "")
     assert "Updates were sent whole." in (tmp_path / bundles.CARD).read_text()
 

@@ -337,3 +337,10 @@ def test_a_plan_whose_gate_is_about_nothing_is_not_proposed() -> None:
         read("fairness.equalised_odds <=")
     with pytest.raises(BadInput, match="no task named"):  # so the gate is well
         read("fairness.equalised_odds <= 0.1")
+
+
+@pytest.mark.parametrize(
+    "rule", [" || ".join(["device.rows > 3"] * 3000), "1 + " * 3000 + "device.rows > 3"]
+)
+def test_a_rule_may_be_long(rule: str) -> None:
+    check(rule)
