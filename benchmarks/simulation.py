@@ -4,23 +4,27 @@
 
 The setting in which pfl-research compares simulators on CIFAR-10 (Granqvist et al., arXiv
 2404.06430), with its network of two convolutions: 50 devices a round with 50 examples each,
-batches of 10, learning rate 0.1, one epoch. Images are random, of CIFAR-10's shape; what they
-show changes no time. Each side runs as a program of its own, the peers in environments of their
-own (:mod:`benchmarks.peers.environments`): the least seconds of ``--rounds`` rounds after one that
-is not counted, and the most memory that the program and all it started took. Each may use all
-cores as it can, and its fastest way counts: pfl with one thread, with a thread for each core, and
-with a process for each; Flower with an actor for each core, and with one of as many threads.
-Before, one round without dropout is compared, weight by weight: a step of each device on all of
-its examples, so that the order of batches, which is each side's own, plays no part.
+batches of 10, learning rate 0.1, one epoch. There arithmetic decides. So the same is done with a
+network of one hidden layer over 64 values, where the cost of starting an operation outweighs the
+operation, on as many devices and on ``--many``; for that no goal is set. Examples are random;
+what they show changes no time.
+
+Each side runs as a program of its own, the peers in environments of their own
+(:mod:`benchmarks.peers.environments`): the least seconds of ``--rounds`` rounds after one that is
+not counted (ten times as many where the network and the cohort are small), and the most memory
+that the program and all it started took. Each may use all cores as it can, and its fastest way
+counts: pfl with one thread, with a thread for each core, and with a process for each; Flower with
+an actor for each core, and with one of as many threads. Before, one round without dropout is
+compared, weight by weight: a step of each device on all of its examples, so that the order of
+batches, which is each side's own, plays no part.
 
 Ours are whole rounds: what it does to an update before it is summed, to clip and to round it,
 is in them. On a GPU all leave dropout out, with which clients cannot be mapped.
 
 Besides, training as one computation is compared with training device by device, which is also
 what it is checked against: for a network of two larger convolutions, for a narrow one on images a
-quarter as large, and for one with a hidden layer over 64 values. In the latter two the cost of
-starting an operation outweighs the operation. The goal, not to be slower, is for what ``atoll
-simulate`` would train together (:func:`atoll.federation.batched.worthwhile`).
+quarter as large, and for the one with a hidden layer. The goal, not to be slower, is for what
+``atoll simulate`` would train together (:func:`atoll.federation.batched.worthwhile`).
 """
 
 import argparse
@@ -28,7 +32,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -43,24 +47,50 @@ from atoll.federation.plan import Training
 from atoll.federation.task import Examples
 from atoll.federation.training import Trained
 from atoll.simulations.workers import cores
-from benchmarks import cifar
 from benchmarks.peers import environments
 from benchmarks.peers.environments import FOLDER, PeerMissing
+from benchmarks.peers.networks import CLASSES, NETWORKS, one_hidden
 from benchmarks.rows import Row, report
 
 DEVICES: Final = 50
+MANY: Final = 1000
 ROWS: Final = 50
-CLASSES: Final = 10
 SETTINGS: Final = Training(local_epochs=1, batch_size=10, learning_rate=0.1, momentum=0.0)
 TOLERANCE: Final = 1e-5
-IMAGE: Final = (32, 32, 3)
-GOALS: Final = {"pfl": 2.0, "flower-ray": 20.0}
-"""Times a peer's rounds per second."""
+HIDDEN: Final = "one hidden layer, 64 values"
 NAMES: Final = {"pfl": "pfl-research 0.6", "flower-ray": "Flower 1.41 on Ray"}
 SAME: Final = 2e-5
 """Most that a weight may differ after one step of all devices; ours are rounded to 1.2e-5."""
 
 Setting = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """Whole rounds that every side runs, of a network in :mod:`benchmarks.peers.networks`."""
+
+    name: str
+    network: str
+    shape: tuple[int, ...]
+    devices: int
+    timed: int
+    dropout: float
+    goals: Mapping[str, float]
+    """Times a peer's rounds per second; none where there is no such goal."""
+
+
+def cifar(devices: int, timed: int, dropout: float) -> Rounds:
+    """Return pfl-research's own setting."""
+    how = "" if dropout else ", no dropout"
+    name = f"pfl-research's CIFAR-10 setting: {devices:,} devices{how}"
+    goals = {"pfl": 2.0, "flower-ray": 20.0}
+    return Rounds(name, "simple_cnn", (32, 32, 3), devices, timed, dropout, goals)
+
+
+def hidden(devices: int, timed: int) -> Rounds:
+    """Return the setting of a small network."""
+    name = f"{HIDDEN}: {devices:,} devices, {ROWS} examples each"
+    return Rounds(name, "one_hidden", (64,), devices, timed, 0.0, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +130,10 @@ def narrow() -> nn.Module:
     )
 
 
-def small() -> nn.Module:
-    """Return a network with one hidden layer for 64 values."""
-    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, CLASSES))
-
-
 CASES: Final = (
     Case("two convolutions, CIFAR-10's shape", (3, 32, 32), convolutional),
     Case("two narrow convolutions, 16 × 16", (3, 16, 16), narrow),
-    Case("one hidden layer, 64 values", (64,), small),
+    Case(HIDDEN, (64,), one_hidden),
 )
 
 
@@ -155,20 +180,26 @@ def measure(case: Case, devices: int, repeats: int) -> Row:
     )
 
 
-def compare(folder: Path, devices: int, rounds: int, dropout: float) -> list[Row]:
+def compare(folder: Path, rounds: Rounds) -> list[Row]:
     """Run whole rounds of ours and of each peer; return speed and memory beside each."""
-    _write(folder, devices)
+    _write(folder, rounds)
     setting: Setting = {
         "folder": str(folder),
-        "cohort": devices,
+        "network": rounds.network,
+        "cohort": rounds.devices,
         "batch": SETTINGS.batch_size,
         "rate": SETTINGS.learning_rate,
     }
-    timed = setting | {"dropout": dropout, "warm": 1, "rounds": rounds, "result": None}
+    timed = setting | {
+        "dropout": rounds.dropout,
+        "warm": 1,
+        "rounds": rounds.timed,
+        "result": None,
+    }
     found: dict[str, tuple[str, dict[str, Any]] | PeerMissing] = {}
     ours(setting | _once(folder, "ours"), cores())
     best = ours(timed, cores())
-    for peer, ways in (("pfl", pfl_ways()), ("flower-ray", flower_ways(devices))):
+    for peer, ways in (("pfl", pfl_ways()), ("flower-ray", flower_ways(rounds.devices))):
         try:
             _agree(folder, peer, setting, ways)
             tried = [(way, run(peer, timed)) for way, run in ways]
@@ -178,26 +209,23 @@ def compare(folder: Path, devices: int, rounds: int, dropout: float) -> list[Row
             print(f"{NAMES[peer]} is not measured: {error}", file=sys.stderr)
     again = ours(timed, cores())  # before and after the peers, for what else the machine does
     best = min(best, again, key=lambda one: min(one["seconds"]))
-    how = "" if dropout else ", no dropout"
-    case = f"pfl-research's CIFAR-10 setting: {devices} devices{how}"
-    rate = 1 / min(best["seconds"])
-    return [row for peer in NAMES for row in _rows(case, peer, rate, best, found[peer])]
+    return [row for peer in NAMES for row in _rows(rounds, peer, best, found[peer])]
 
 
 def _rows(
-    case: str,
+    rounds: Rounds,
     peer: str,
-    rate: float,
     best: dict[str, Any],
     found: tuple[str, dict[str, Any]] | PeerMissing,
 ) -> list[Row]:
     """Return the rows of speed and of memory beside one peer; without it, one that says so."""
+    case, rate = rounds.name, 1 / min(best["seconds"])
     if isinstance(found, PeerMissing):
         name = f"{NAMES[peer]}: not measured"
         return [Row(case=case, metric="rounds", unit="rounds/s", ours=rate, peer_name=name)]
     way, said = found
     theirs, held, own = 1 / min(said["seconds"]), said["peak_bytes"], best["peak_bytes"]
-    goal = theirs * GOALS[peer]
+    goal = theirs * rounds.goals[peer] if peer in rounds.goals else None
     return [
         Row(
             case=case,
@@ -208,7 +236,7 @@ def _rows(
             peer_name=f"{NAMES[peer]}, {way}",
             ratio=rate / theirs,
             goal=goal,
-            met=rate >= goal,
+            met=None if goal is None else rate >= goal,
         ),
         Row(
             case=case,
@@ -224,7 +252,7 @@ def _rows(
 
 def ours(setting: Setting, workers: int) -> dict[str, Any]:
     """Run Atoll's side in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.cifar"]
+    command = [sys.executable, "-m", "benchmarks.simulated_rounds"]
     return environments.measured(command, setting | {"workers": workers})
 
 
@@ -233,7 +261,7 @@ Way = tuple[str, Callable[[str, Setting], dict[str, Any]]]
 
 def pfl_ways() -> list[Way]:
     """Return how pfl can use the cores."""
-    script, count = FOLDER / "pfl_cifar.py", cores()
+    script, count = FOLDER / "pfl_rounds.py", cores()
     apart = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
 
     def threads(number: int) -> Way:
@@ -280,13 +308,14 @@ def _agree(folder: Path, peer: str, setting: Setting, ways: Sequence[Way]) -> No
     assert np.abs(mine - theirs).max() < SAME < np.abs(mine - start).max() / 10, peer
 
 
-def _write(folder: Path, devices: int) -> None:
+def _write(folder: Path, rounds: Rounds) -> None:
     """Write examples and first weights for all sides; the weights are Glorot's, as pfl has them."""
     rng = np.random.default_rng(0)
-    np.save(folder / "x.npy", rng.normal(size=(devices, ROWS, *IMAGE)).astype(np.float32))
-    np.save(folder / "y.npy", rng.integers(0, CLASSES, (devices, ROWS)))
+    shape = (rounds.devices, ROWS)
+    np.save(folder / "x.npy", rng.normal(size=(*shape, *rounds.shape)).astype(np.float32))
+    np.save(folder / "y.npy", rng.integers(0, CLASSES, shape))
     torch.manual_seed(0)
-    net = cifar.network(0.0)
+    net = NETWORKS[rounds.network](0.0)
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
@@ -324,6 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="of torch, together and alone")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3, help="timed, of ours and of each peer")
+    parser.add_argument("--many", type=int, default=MANY, help="devices of the small network")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=_device())
     parser.add_argument("--alone", action="store_true", help="leave the peers out")
     given = parser.parse_args(arguments)
@@ -336,9 +366,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         torch.set_num_threads(before)
     if not given.alone:
-        with tempfile.TemporaryDirectory() as folder:
-            dropout = float(given.device == "cpu")
-            rows += compare(Path(folder), given.devices, given.rounds, dropout)
+        for rounds in (
+            cifar(given.devices, given.rounds, float(given.device == "cpu")),
+            hidden(given.devices, 10 * given.rounds),
+            hidden(given.many, given.rounds),
+        ):
+            with tempfile.TemporaryDirectory() as folder:
+                rows += compare(Path(folder), rounds)
     return report(rows, given.json)
 
 

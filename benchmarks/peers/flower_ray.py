@@ -3,13 +3,13 @@
 Its arguments:
 
 - ``folder``: of ``weights.npy``, float32 ``(n,)``, and for training of ``x.npy`` float32
-  ``(clients, rows, 32, 32, 3)`` and ``y.npy`` int64 ``(clients, rows)``
-- ``work``: ``train`` the network of :mod:`pfl_cifar`; or ``echo``, send the weights back
+  ``(clients, rows, …)`` and ``y.npy`` int64 ``(clients, rows)``
+- ``work``: ``train`` a network; or ``echo``, send the weights back
 - ``clients``: how many there are; each takes part in every round
 - ``warm``, ``rounds``: rounds before those that are timed, and these
 - ``actors``, ``threads``: Ray's workers, and torch's threads in each
-- ``batch``, ``rate``, ``dropout``: of the training; ``dropout`` 1 has the network's own, 0 none,
-  so that results can be compared
+- ``network``: its name, and ``dropout``, in :mod:`benchmarks.peers.networks`
+- ``batch``, ``rate``: of the training
 - ``result``: where to write the last weights, or null
 
 Prints ``seconds`` of each timed round, from choosing clients to the mean of what they sent, as
@@ -37,38 +37,21 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
+from networks import NETWORKS
 from torch import nn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+KEYS = ("network", "dropout", "threads", "batch", "rate")
+"""What clients hear of the setting besides their work."""
+
 client = ClientApp()
 
 
-class Transpose2D(nn.Module):
-    """Take channels from the end to the front."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return a view."""
-        return x.permute(0, 3, 1, 2)
-
-
 @cache
-def network(dropout: float) -> nn.Module:
-    """Return pfl-research's ``simple_cnn``, with so much of its dropout."""
-    return nn.Sequential(
-        Transpose2D(),
-        nn.Conv2d(3, 32, 3),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Dropout(0.25 * dropout),
-        nn.Flatten(),
-        nn.Linear(14 * 14 * 64, 128),
-        nn.ReLU(),
-        nn.Dropout(0.5 * dropout),
-        nn.Linear(128, 10),
-    )
+def network(name: str, dropout: float) -> nn.Module:
+    """Return the network that a worker keeps."""
+    return NETWORKS[name](dropout)
 
 
 @client.train()
@@ -79,7 +62,7 @@ def answer(message: Message, context: Context) -> Message:
     rows, loss = 1, 0.0
     if given["work"] == "train":
         torch.set_num_threads(given["threads"])
-        net = network(given["dropout"]).to(DEVICE)
+        net = network(given["network"], given["dropout"]).to(DEVICE)
         net.load_state_dict(arrays.to_torch_state_dict())
         rows, loss = train(net, int(context.node_config["partition-id"]), given)
         arrays = ArrayRecord(net.state_dict())
@@ -104,11 +87,11 @@ def train(net: nn.Module, place: int, given: ConfigRecord) -> tuple[int, float]:
     return len(y), total / len(y)
 
 
-def state_of(weights: np.ndarray, work: str) -> dict[str, torch.Tensor]:
+def state_of(weights: np.ndarray, given: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the flat vector as Flower sends it: by the network's tensors, or as one."""
-    if work == "echo":
+    if given["work"] == "echo":
         return {"weights": torch.from_numpy(weights)}
-    net = network(0.0)
+    net = NETWORKS[given["network"]](given["dropout"])
     nn.utils.vector_to_parameters(torch.from_numpy(weights), net.parameters())
     return dict(net.state_dict())
 
@@ -118,7 +101,7 @@ def main(given: dict[str, Any]) -> dict[str, Any]:
     server, ended = ServerApp(), []
     weights = np.load(Path(given["folder"]) / "weights.npy")
     config = {key: given[key] for key in ("work", "folder")} | {
-        key: given[key] for key in ("threads", "batch", "rate", "dropout") if key in given
+        key: given[key] for key in KEYS if key in given
     }
 
     @server.main()
@@ -131,7 +114,7 @@ def main(given: dict[str, Any]) -> dict[str, Any]:
         )
         result = strategy.start(
             grid,
-            ArrayRecord(state_of(weights, given["work"])),
+            ArrayRecord(state_of(weights, given)),
             num_rounds=given["warm"] + given["rounds"],
             train_config=ConfigRecord(config),
             evaluate_fn=lambda *_: ended.append(time.perf_counter()),

@@ -1,16 +1,17 @@
-"""pfl-research's own CIFAR-10 setting; run by :func:`benchmarks.peers.environments.run`.
+"""Rounds of pfl-research; run by :func:`benchmarks.peers.environments.run`.
 
-As ``benchmarks/image_classification/pytorch/train.py`` of apple/pfl-research sets it up, less what
-could only cost time: privacy, evaluation, and callbacks but the one that reads the clock. Under
-``torch.distributed.run`` each process trains its part of the cohort, as pfl does it.
+As ``benchmarks/image_classification/pytorch/train.py`` of apple/pfl-research sets up CIFAR-10,
+less what could only cost time: privacy, evaluation, and callbacks but the one that reads the clock.
+Under ``torch.distributed.run`` each process trains its part of the cohort, as pfl does it.
 
 Its arguments:
 
-- ``folder``: of ``weights.npy``, float32 ``(n,)``, ``x.npy`` float32 ``(users, rows, 32, 32, 3)``
-  and ``y.npy`` int64 ``(users, rows)``
-- ``cohort``, ``batch``, ``rate``: of a round; ``dropout`` 1 has the network's own, 0 none, so that
-  results can be compared
-- ``first``: whether channels come first in memory already, which is not how pfl has its data
+- ``network``: its name, and ``dropout``, in :mod:`benchmarks.peers.networks`
+- ``folder``: of ``weights.npy``, float32 ``(n,)``, ``x.npy`` float32 ``(users, rows, …)`` and
+  ``y.npy`` int64 ``(users, rows)``
+- ``cohort``, ``batch``, ``rate``: of a round
+- ``first``: whether channels of images come first in memory already, which is not how pfl has
+  its data
 - ``warm``, ``rounds``: rounds before those that are timed, and these
 - ``threads``: torch's, in each process
 - ``result``: where to write the last weights, or null
@@ -28,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from networks import NETWORKS
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.aggregate.weighting import WeightByUser
 from pfl.algorithm.base import NNAlgorithmParams
@@ -45,14 +47,6 @@ given = json.loads(sys.argv[1])
 torch.set_num_threads(given["threads"])
 np.random.seed(0)  # noqa: NPY002 -- what pfl draws from
 torch.manual_seed(0)
-
-
-class Transpose2D(nn.Module):
-    """Take channels from the end to the front."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return a view."""
-        return x.permute(0, 3, 1, 2)
 
 
 def loss(self: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -85,28 +79,10 @@ class Clock(TrainingProcessCallback):
         return False, Metrics()
 
 
-def network(dropout: float) -> nn.Module:
-    """Return pfl-research's ``simple_cnn``, with so much of its dropout."""
-    return nn.Sequential(
-        Transpose2D(),
-        nn.Conv2d(3, 32, 3),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Dropout(0.25 * dropout),
-        nn.Flatten(),
-        nn.Linear(14 * 14 * 64, 128),
-        nn.ReLU(),
-        nn.Dropout(0.5 * dropout),
-        nn.Linear(128, 10),
-    )
-
-
 def main() -> dict[str, Any]:
     """Run the rounds."""
     folder = Path(given["folder"])
-    net = network(given["dropout"])
+    net = NETWORKS[given["network"]](given["dropout"])
     nn.utils.vector_to_parameters(
         torch.from_numpy(np.load(folder / "weights.npy")), net.parameters()
     )

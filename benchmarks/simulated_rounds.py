@@ -1,8 +1,8 @@
-"""Atoll in the CIFAR-10 setting of pfl-research: whole rounds, as ``atoll simulate`` has them.
+"""Atoll's side of a simulation: whole rounds, as ``atoll simulate`` has them.
 
-Arguments as JSON, like those of :mod:`benchmarks.peers.pfl_cifar`: ``folder``, ``cohort``,
-``batch``, ``rate``, ``dropout``, ``warm``, ``rounds``, ``workers`` and ``result``. Prints the
-``seconds`` of each timed round, and the ``engine`` that trained.
+Arguments as JSON, like those of :mod:`benchmarks.peers.pfl_rounds`: ``network``, ``dropout``,
+``folder``, ``cohort``, ``batch``, ``rate``, ``warm``, ``rounds``, ``workers`` and ``result``.
+Prints the ``seconds`` of each timed round, and the ``engine`` that trained.
 
 A round clips, weighs and rounds each update to integers and adds these, which the peers do not;
 the clipping norm is one that no update reaches.
@@ -24,55 +24,32 @@ from atoll.federation.plan import Cohort, Plan, Privacy, Training
 from atoll.federation.task import Examples, Split
 from atoll.simulations import simulate
 from atoll.simulations.populations import Simulated
+from benchmarks.peers.networks import CLASSES, NETWORKS
 
-SHAPE: Final = (32, 32, 3)
-CLASSES: Final = 10
 CLIP: Final = 100.0
 BITS: Final = 24
 _TESTED: Final = 2
 
 
-class Transpose2D(nn.Module):
-    """Take channels from the end to the front."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return a view."""
-        return x.permute(0, 3, 1, 2)
-
-
-def network(dropout: float) -> nn.Module:
-    """Return the ``simple_cnn`` of pfl-research, with so much of its dropout."""
-    layers: list[nn.Module] = [
-        Transpose2D(),
-        nn.Conv2d(3, 32, 3),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Dropout(0.25 * dropout),
-        nn.Flatten(),
-        nn.Linear(14 * 14 * 64, 128),
-        nn.ReLU(),
-        nn.Dropout(0.5 * dropout),
-        nn.Linear(128, CLASSES),
-    ]
-    return nn.Sequential(*(one for one in layers if dropout or not isinstance(one, nn.Dropout)))
-
-
 @dataclass(frozen=True)
-class Cifar:
+class Classifying:
     """The task: a network that begins with given weights."""
 
     weights: npt.NDArray[np.float32]
+    network: str
     dropout: float
-    name: str = "cifar"
-    input_shape: tuple[int, ...] = SHAPE
-    channels: tuple[str, ...] = tuple(f"row {i}" for i in range(SHAPE[0]))
+    input_shape: tuple[int, ...]
+    name: str = "given"
     classes: tuple[str, ...] = tuple(str(i) for i in range(CLASSES))
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names along the first axis of an example."""
+        return tuple(str(i) for i in range(self.input_shape[0]))
 
     def model(self, seed: int) -> nn.Module:  # noqa: ARG002 -- the weights are given
         """Return the network with its first weights."""
-        net = network(self.dropout)
+        net = NETWORKS[self.network](self.dropout)
         nn.utils.vector_to_parameters(torch.from_numpy(self.weights), net.parameters())
         return net
 
@@ -83,7 +60,7 @@ class Cifar:
 
 @dataclass(frozen=True)
 class Users:
-    """The population: float32 ``(users, rows, *SHAPE)`` and int64 ``(users, rows)``."""
+    """The population: float32 ``(users, rows, *input_shape)`` and int64 ``(users, rows)``."""
 
     x: npt.NDArray[np.float32]
     y: npt.NDArray[np.int64]
@@ -103,10 +80,11 @@ def main(given: dict[str, Any]) -> dict[str, Any]:
     """Run the rounds."""
     folder = Path(given["folder"])
     x, y, weights = (np.load(folder / f"{name}.npy") for name in ("x", "y", "weights"))
+    task = Classifying(weights, given["network"], given["dropout"], x.shape[2:])
     plan = Plan(
-        name="cifar",
-        task="cifar",
-        model="cifar",
+        name="given",
+        task="given",
+        model="given",
         rounds=given["warm"] + given["rounds"],
         training=Training(
             local_epochs=1,
@@ -120,7 +98,7 @@ def main(given: dict[str, Any]) -> dict[str, Any]:
     heard: list[simulate.Round] = []
     ended = simulate.run(
         plan,
-        Simulated(Cifar(weights, given["dropout"]), Users(x, y)),
+        Simulated(task, Users(x, y)),
         given["cohort"],
         heard.append,
         every=plan.rounds + 1,
