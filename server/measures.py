@@ -5,6 +5,7 @@ accuracy is told for ``all`` of them too. Every example weighs the same, whichev
 on. Pure functions over counts.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,8 @@ def of_weights(replies: Mapping[str, EvaluateReply], sides: Sides) -> dict[str, 
             side: {"float": total(tallies, who).accuracy} for side, who in _with_all(sides).items()
         },
         "loss": {
-            side: sum(replies[name].loss * replies[name].rows for name in who)
+            # fsum, so that the order in which devices answered changes no bit.
+            side: math.fsum(replies[name].loss * replies[name].rows for name in who)
             / max(sum(replies[name].rows for name in who), 1)
             for side, who in sides.items()
         },

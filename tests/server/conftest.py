@@ -264,7 +264,7 @@ def wait_until(condition: Callable[[], bool], what: str, deadline: float = 40.0)
         time.sleep(0.02)
 
 
-@pytest.fixture(name="wait_until")
+@pytest.fixture(scope="session", name="wait_until")
 def wait_until_fixture() -> Callable[..., None]:
     return wait_until
 

@@ -193,9 +193,9 @@ class Crashing:
 
 
 @pytest.fixture(scope="module")
-def crashing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crashing]:
-    from conftest import wait_until
-
+def crashing(
+    tmp_path_factory: pytest.TempPathFactory, wait_until: Callable[..., None]
+) -> Iterator[Crashing]:
     made = Crashing(tmp_path_factory.mktemp("crashing"), wait_until)
     yield made
     made.end()

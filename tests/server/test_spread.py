@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.server import model_card, small_groups, spread
+from atoll.federation.messages import EvaluateReply
+from atoll.server import measures, model_card, small_groups, spread
 from atoll.server.questions import Tally
 
 TALLIES = {
@@ -78,3 +80,17 @@ def test_what_is_shown_is_never_small_and_neither_is_what_is_not(groups, least) 
     assert not kept or not rest or len(rest) >= least
     if all(len(who) >= least for who in groups.values()):
         assert kept == list(groups)
+
+
+def test_the_order_in_which_devices_answered_changes_no_bit_of_the_loss() -> None:
+    rng = np.random.default_rng(0)
+    replies = {
+        f"device-{one}": EvaluateReply(rows=int(rng.integers(1, 99)), correct=0, loss=rng.random())
+        for one in range(50)
+    }
+    orders = [list(replies), sorted(replies), list(reversed(replies))]
+    told = [
+        measures.of_weights({name: replies[name] for name in order}, {"known": order})["loss"]
+        for order in orders
+    ]
+    assert told[0] == told[1] == told[2]
