@@ -159,7 +159,7 @@ def test_any_points_make_a_plot_within_its_width(points, row, capsys, monkeypatc
         assert any(line.lstrip().startswith(row) for line in shown.splitlines())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def charged(running):
     """Charges of three accounts in the running hub's ledger."""
     context = running.hub.context

@@ -37,7 +37,7 @@ PROTECTED = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def device(running: Running) -> Device:
     return running.enrolled("port-1")
 
@@ -300,7 +300,7 @@ def test_the_superlink_itself_listens_on_loopback_alone(running: Running) -> Non
     assert listening == {f"0100007F:{int(port):04X}"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tuf(running: Running) -> Path:
     root: Path = running.hub.context.tuf
     target = root / "targets" / "gesture" / "1" / "abc.model.onnx"

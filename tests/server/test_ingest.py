@@ -265,7 +265,7 @@ def stored(running: Any, device: str) -> list[tuple[str, int]]:
         return [(kind, seq) for kind, seq in rows]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def talker(running: Any) -> Any:
     return running.enrolled("talker")
 

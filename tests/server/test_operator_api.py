@@ -46,7 +46,7 @@ ROUTES: list[tuple[str, str, str, object]] = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tokens(running: Running) -> dict[str, str]:
     """One operator of each role."""
     store, now = running.hub.context.store, running.hub.context.clock()
