@@ -2,10 +2,10 @@
 
     httpx.Client(transport=Transport(context))
 
-httpx's own hands each TLS record, 16 KB, through a parser, an iterator and a list: for the
-weights of a 4 MB model that takes three times the processor time of reading them into one buffer.
-Here a request is whole before it is sent, and an answer when it is returned; nothing is redirected,
-tried again or sent through a proxy. Safe for use by several threads.
+httpx's own hands each TLS record, 16 KB, through a parser, an iterator and a list: of the weights
+of a 4 MB model that makes hundreds, and more work than reading them into one buffer. Here a request
+is whole before it is sent, and an answer when it is returned; nothing is redirected, tried again or
+sent through a proxy. Safe for use by several threads.
 """
 
 import re
@@ -55,7 +55,7 @@ class Transport(httpx.BaseTransport):
         except exceptions.ReadTimeoutError as error:
             raise httpx.ReadTimeout(str(error), request=request) from error
         except exceptions.SSLError as error:
-            if _DISTRUST.search(str(error)):
+            if distrusts(error):
                 raise httpx.ConnectError(str(error), request=request) from error
             raise httpx.ReadError("the connection broke", request=request) from error
         except (exceptions.HTTPError, MemoryError) as error:  # the latter for an absurd length
@@ -71,6 +71,6 @@ class Transport(httpx.BaseTransport):
         self._servers.clear()
 
 
-def distrusts(error: httpx.HTTPError) -> bool:
+def distrusts(error: Exception) -> bool:
     """Tell whether ``error`` is that one side does not trust the other's certificate."""
     return _DISTRUST.search(str(error)) is not None
